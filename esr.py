@@ -41,13 +41,13 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from eval import evaluate, load_benchmark
 from torch import Tensor
 from tqdm import tqdm
 
 import common
 from align import match_vocabularies, print_alignment, teacher_rollouts
 from common import Problem, Rollout
+from eval import evaluate, load_benchmark
 from sampler import Sampler
 
 Select = Literal[
@@ -348,8 +348,8 @@ def main(args: Args) -> Path:
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
             raise common.Stop(
-                f"step {step + 1}: loss {loss_sum}, gradient norm {grad_norm}; not updated. The last "
-                f"checkpoint in {run.dir} is good: start anew with a lower --learning-rate."
+                f"step {step + 1} stopped before its update: loss {loss_sum}, gradient norm "
+                f"{grad_norm}; the checkpoints in {run.dir} are good, lower --learning-rate."
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

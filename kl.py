@@ -62,17 +62,16 @@ def chunked_divergence(
     nothing is recomputed. A head that trains needs `weights` (N,), the ones the caller then
     multiplies with: its gradient mixes rows and cannot be rescaled row by row afterwards.
     Memory: two (chunk_size, V) float32 blocks, 156 MB each at 256 x 151,936, and (N, D_s).
-    Raises ValueError when row counts or vocabularies differ, or a training head lacks weights.
+    Raises ValueError when row counts differ or a training head lacks weights. Heads of unequal
+    vocabularies need vocab_size=, unless the divergence only reads single entries of each side.
     """
-    student_head, teacher_head = (
-        Head(w[:vocab_size], None if b is None else b[:vocab_size], cap)
-        for w, b, cap in (student_head, teacher_head)
-    )
+    student_head, teacher_head = (_first(vocab_size, h) for h in (student_head, teacher_head))
     if len(student_hidden) != len(teacher_hidden):
         raise ValueError(
             f"{len(student_hidden)} student rows, {len(teacher_hidden)} teacher rows: masks differ"
         )
-    if student_head.weight.requires_grad and torch.is_grad_enabled() and weights is None:
+    trains = any(t is not None and t.requires_grad for t in student_head[:2])
+    if trains and torch.is_grad_enabled() and weights is None:
         raise ValueError("a trainable head needs the per-token weights: pass weights=")
     outputs = _ChunkedDivergence.apply(
         divergence, student_hidden, student_head.weight, student_head.bias, student_head.softcap,
@@ -125,38 +124,54 @@ class _ChunkedDivergence(torch.autograd.Function):
                     output = output if isinstance(output, tuple) else (output,)
                     if any(needs):  # the block of logits becomes dD_i / dlogits, in place
                         logits[part] = torch.autograd.grad(output[0].sum(), leaf)[0]
-                outputs.append([o.detach() for o in output])
+                # Into tensors made once: a small one kept per block pins the heap around it, and
+                # glibc then takes new memory for each block (+340 MB at 256 x 151,936).
+                outputs = outputs or [o.new_empty(num) for o in output]
+                for whole, o in zip(outputs, output, strict=True):
+                    whole[start + part.start : start + part.stop] = o.detach()
             if want_hidden:
                 _matmul(logits, weight, out=grad_hidden[chunk])
             if want_weight or want_bias:
                 logits *= weights[chunk, None]
             if want_weight:
-                grad_weight += _matmul(logits.T, hidden)
+                _matmul(logits.T, hidden, out=grad_weight, add=True)
             if want_bias:
                 grad_bias += logits.sum(0)
-        outputs = [torch.cat(o) for o in zip(*outputs, strict=True)]
-        outputs = outputs or [torch.zeros(0, device=device)]
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, weights)
+        if num == 0:  # as many results as the divergence returns
+            output = divergence(student_logits[:0], teacher_logits[:0], *rows)
+            outputs = [o.detach() for o in (output if isinstance(output, tuple) else (output,))]
+        ctx.save_for_backward(grad_hidden, grad_bias, weights)
+        ctx.grad_weight = grad_weight  # not saved: backward scales it in place and hands it over
         ctx.dtypes = student_hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
-        grad_hidden, grad_weight, grad_bias, weights = ctx.saved_tensors
+        grad_hidden, grad_bias, weights = ctx.saved_tensors
+        grad_weight, ctx.grad_weight = ctx.grad_weight, None
+        if ctx.needs_input_grad[2] and grad_weight is None:
+            raise RuntimeError("the head's gradient was handed over: one backward per forward")
         hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
         if grad_weight is not None or grad_bias is not None:
             scale = (grad_output @ weights) / (weights @ weights).clamp_min(1e-30)
             if not torch.allclose(grad_output, scale * weights, rtol=1e-4, atol=1e-12):
                 raise ValueError("the loss must weigh tokens as the weights= passed to the forward")
-            grad_weight = None if grad_weight is None else (grad_weight * scale).to(weight_dtype)
+            grad_weight = None if grad_weight is None else grad_weight.mul_(scale).to(weight_dtype)
             grad_bias = None if grad_bias is None else (grad_bias * scale).to(bias_dtype)
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad_output[:, None]).to(hidden_dtype)
         return None, grad_hidden, grad_weight, grad_bias, *[None] * 8
 
 
-CPU_BLOCK = 2**20  # elements of one CPU block: 4 MB of float32, about a core's share of cache
+CPU_BLOCK = 2**19  # elements of one CPU block: 2 MB of float32, about a core's share of cache
+
+
+def _first(size: int | None, head: Head) -> Head:
+    # A slice costs its backward a second gradient of the head's size: only where there is a tail.
+    if size is None or size == len(head.weight):
+        return head
+    return Head(head.weight[:size], None if head.bias is None else head.bias[:size], head.softcap)
 
 
 def _logprobs(logits: Tensor, softcap: float | None, temperature: float) -> Tensor:
@@ -166,21 +181,27 @@ def _logprobs(logits: Tensor, softcap: float | None, temperature: float) -> Tens
 
 
 def _matmul(
-    a: Tensor, b: Tensor, *, out: Tensor | None = None, bias: Tensor | None = None
+    a: Tensor, b: Tensor, *, out: Tensor | None = None, bias: Tensor | None = None, add=False
 ) -> Tensor:
-    """a @ b (+ bias) in float32. bf16 operands keep a float32 result: rounding logits to bf16
-    makes a 6 % gradient error. CPUs have no such product, so they convert 8,192 columns a time."""
+    """a @ b (+ bias), or out += a @ b, in float32. bf16 operands keep a float32 result: rounding
+    logits to bf16 makes a 6 % gradient error. CPUs have no such product, so they convert 8,192
+    vocabulary entries at a time: columns of b for logits, rows of b for the gradient."""
     if out is None:
         out = torch.empty(a.shape[0], b.shape[1], device=a.device)
     dtype = b.dtype if b.dtype != torch.float32 else a.dtype
-    if a.dtype == b.dtype == torch.float32:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32, out=out)
-    else:
+    if not a.is_cuda and dtype != torch.float32 and a.shape[1] > b.shape[1]:  # (n, V) @ (V, D)
+        for i in range(0, a.shape[1], 8192):
+            part = a[:, i : i + 8192].float(), b[i : i + 8192].float()
+            torch.addmm(out, *part, beta=int(add or i > 0), out=out)
+    elif not a.is_cuda and dtype != torch.float32:
         a = a.float()
         for i in range(0, b.shape[1], 8192):
-            out[:, i : i + 8192] = a @ b[:, i : i + 8192].float()
+            part = out[:, i : i + 8192]
+            torch.addmm(part, a, b[:, i : i + 8192].float(), beta=int(add), out=part)
+    else:
+        kind = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
+        product = (a.to(dtype), b.to(dtype))
+        torch.addmm(out, *product, out=out, **kind) if add else torch.mm(*product, out=out, **kind)
     return out if bias is None else out.add_(bias)
 
 

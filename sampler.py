@@ -20,6 +20,12 @@ from torch import Tensor, nn
 from common import Rollout, Stop, base_model, last_line
 
 
+def repack_tied_head(model: nn.Module) -> None:
+    """Let vLLM's CPU build see a reloaded head: where it is tied to the embedding, 0.32 keeps the
+    packed copy that it made of the old one."""
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
 def eos_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     """Every id that ends a turn: the tokenizer's EOS and those of the model's generation config."""
     listed = base_model(model).generation_config.eos_token_id
@@ -67,10 +73,14 @@ class Sampler:
         options: dict[str, Any] = {}
         if self.adapters:
             rank = self.student.peft_config["default"].r
-            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+            ranks = (8, 16, 32, 64, 128, 256, 512)  # those that vLLM has kernels for
+            options = {"enable_lora": True, "max_loras": 1}
+            options["max_lora_rank"] = next(r for r in ranks if r >= rank)
         if self.on_gpu:
             options |= {"enable_sleep_mode": True, "gpu_memory_utilization": memory_fraction}
-        else:
+        else:  # a prefill in parts would rewind a seeded generator, which CPU generators cannot
+            budget = max(self.max_len, 8192)
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}
             options |= {"enforce_eager": True}
         try:
             self.llm = vllm.LLM(
@@ -112,6 +122,8 @@ class Sampler:
         else:
             weights = merged_weights(self.student)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if not self.on_gpu and base_model(self.student).config.tie_word_embeddings:
+                self.llm.apply_model(repack_tied_head)
         if not self.llm.reset_prefix_cache():  # cached keys belong to the older weights
             raise Stop("vLLM refused to reset its prefix cache; rollouts would be stale.")
 

@@ -126,6 +126,8 @@ def test_tuples_rows_and_empty_input():
     )
     empty.sum().backward()
     assert empty.shape == (0,)
+    pair = chunked_divergence(lambda s, t: (reverse_kl(s, t), entropy(s)), *nothing, vocab_size=V)
+    assert [len(p) for p in pair] == [0, 0]
 
 
 def test_row_counts_must_agree():

@@ -1,0 +1,627 @@
+"""Build the tiny world: real checkpoints under 1M parameters that every script here can run on.
+
+Three Qwen3 models trained from scratch on the CPU, each with its fast tokenizer, and a task that
+has steps to get wrong: chained arithmetic, written out one step per line.
+
+    Start with 7. Add 5, then multiply by 3. What is the result?
+    7 + 5 = 12
+    12 * 3 = 36
+    The answer is \\boxed{36}.
+
+`teacher` is right nearly always. `student` was trained on steps that are often wrong (a result near
+the right one, from which later steps go on) unless a reference solution is in its prompt, so it is
+much better with a reference than without: self-distillation needs that. `teacher_other` has another
+tokenizer: other special tokens, other ids, numbers in one token. They know the prompts of the
+papers (methods.md 1.3, 3.2, 4.4, 5.3) and nothing else; thinking on or off, they reply alike.
+
+Run it:
+    python tiny.py --force                       # rebuilds tiny/ on 2 cores in about 10 minutes
+    python tiny.py --out /tmp/tiny --scale 0.01  # smoke test: useless models, 1 minute
+
+The same seed, kind of CPU and library versions give the same files; --workers changes nothing.
+"""
+
+import json
+import multiprocessing
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
+
+
+# ---- 1. Arguments and models ---------------------------------------------------------------------
+@dataclass
+class Args:
+    out: Path = Path("tiny")  # directory to build
+    force: bool = False  # replace an earlier build in that directory
+    scale: float = 1.0  # multiplies the numbers of training steps
+    seed: int = 0  # of the data, the initial weights and the scoring
+    workers: int = 2  # models trained at the same time, each on one CPU thread
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str  # folder below --out
+    hidden: int  # model width
+    steps: int  # optimizer steps
+    noise: float  # how often a step (or a tool call) is wrong where no reference is given
+    longest: int  # longest chain trained on, in steps
+    skills: tuple[float, ...]  # share of each skill of PROMPTS in the second half of training
+    split_numbers: bool = True  # tokenizer: one token per digit, else one per number
+    turn: str = "<|im_start|>"  # opens a message
+    end: str = "<|im_end|>"  # closes a message: the EOS token
+    pad: str = "<|endoftext|>"
+
+
+OTHER = {"split_numbers": False, "turn": "<|turn|>", "end": "<|end|>", "pad": "<|pad|>"}
+RECIPES = (  # the slowest first, so that two workers finish together
+    Recipe("teacher", 96, 1200, 0.0, 8, (0.25, 0.05, 0.20, 0.15, 0.10, 0.25)),
+    Recipe("student", 80, 1200, 0.4, 6, (0.25, 0.05, 0.20, 0.15, 0.10, 0.25)),
+    Recipe("teacher_other", 96, 800, 0.0, 8, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0), **OTHER),
+)
+LARGEST = 99  # every number of the task lies in [0, 99]
+OFFSETS = (-10, -2, -1, 1, 2, 10)  # error of a wrong step: near, so that distillation can repair it
+
+# ---- 2. Prompts ----------------------------------------------------------------------------------
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+AFTER = ("\n", " ", "\n ", "\n\n")  # separators before BOXED: they differ between papers and code
+REWRITE = (
+    "Your task is to rewrite your mathematical solution.\n\n**Problem:**\n{problem}\n\n**Your "
+    "Initial Solution:**\n{draft}\n\n**Instructions:**\n1. Preserve the overall structure and "
+    "reasoning path of your original solution\n2. Identify and fix errors in computation or logic\n"
+    "3. Keep correct intermediate steps and meaningful work\n4. Output ONLY the rewritten solution"
+)
+GUIDED_REWRITE = (
+    "Your task is to rewrite your mathematical solution using the reference solution as guidance."
+    "\n\n**Problem:**\n{problem}\n\n**Reference Solution:**\n{solution}\n\n**Your Initial "
+    "Solution:**\n{draft}\n\n**Instructions:**\n1. Review the reference solution to understand the "
+    "target reasoning and method\n2. Rewrite your solution so it is consistent with the reference "
+    "solution\n3. Keep useful parts of your original structure and style when appropriate\n"
+    "4. Output ONLY the rewritten solution"
+)
+
+
+def fill(template: str, values: dict[str, str]) -> str:
+    """str.format that leaves other braces alone: solutions hold \\boxed{...}."""
+    for key, value in values.items():
+        template = template.replace("{" + key + "}", value)
+    return template
+
+
+PROMPTS = {  # skill -> templates, drawn with equal chance
+    "plain": [
+        "{problem}\n" + BOXED,  # ESR
+        "{problem} " + BOXED,  # TRD
+        "{problem}\n\n" + BOXED,  # PW-OPSD, evaluation
+        "Problem: {problem}\n\n" + BOXED,  # PW-OPSD, student
+        "{problem}",
+    ],
+    "answer": [  # PW-OPSD, the teacher of the branch-viability diagnostic
+        "You are a privileged teacher. Solve the problem and end your solution with the correct "
+        "boxed answer.\nProblem: {problem}\nPrivileged ground-truth final answer: {answer}\nUse "
+        "the ground-truth answer above. Produce a complete step-by-step solution that ends with "
+        "\\boxed{{answer}}.",
+    ],
+    "reference": [
+        "Problem: {problem}\n\nHere is a reference solution to this problem:\n"  # PW-OPSD, teacher
+        "=== Reference Solution Begin ===\n{solution}\n=== Reference Solution End ===\n\n\n"
+        "After reading the reference solution above, make sure you truly understand the reasoning "
+        "behind each step — do not copy or paraphrase it. Now, using your own words and "
+        "independent reasoning, derive the same final answer to the problem above. Think step by "
+        "step, explore different approaches, and don't be afraid to backtrack or reconsider if "
+        "something doesn't work out:\n\n" + BOXED,
+        *(  # TRD, vanilla OPSD teacher
+            "{problem}\n\nHere is a reference solution:\n{solution}\n\nAfter understanding the "
+            "reference solution, please try to solve this problem using your own approach below:\n"
+            "Answer:" + separator + BOXED
+            for separator in AFTER
+        ),
+    ],
+    "rewrite": [REWRITE + separator + BOXED for separator in AFTER],
+    "guided_rewrite": [GUIDED_REWRITE + separator + BOXED for separator in AFTER],
+    "tools": ["{problem}\n" + BOXED, "{problem} " + BOXED, "{problem}\n\n" + BOXED, "{problem}"],
+}
+PROMPTS["reference"] += PROMPTS["reference"][:1] * 3  # as often as TRD's four together
+TOOL_SYSTEM = (
+    "You are a helpful assistant that can use Python tools to solve mathematical problems. When "
+    "you need to perform calculations, use the code_interpreter tool to execute code and get "
+    "results."
+)
+TOOL_DESCRIPTIONS = (  # of the tool | of its argument; the first is ReOPD's
+    "A tool for executing Python code in a stateful Jupyter notebook. Use print() to see output."
+    "|The Python code to execute",
+    "A tool for executing code.|The code to execute.",
+    "Run Python code and return what it prints.|Python code",
+)
+# Qwen3's chat template, rewritten. As there, think blocks of earlier turns are dropped, the last
+# assistant message gets one (empty if need be), and enable_thinking=False opens the reply with an
+# empty one. TURN and END stand for the special tokens.
+CHAT_TEMPLATE = r"""
+{%- if tools %}
+    {{- 'TURNsystem\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
+    {{- '# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' }}
+    {{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}
+    {%- for tool in tools %}{{- '\n' + (tool | tojson) }}{%- endfor %}
+    {{- '\n</tools>\n\nFor each function call, return a json object with function name and ' }}
+    {{- 'arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": ' }}
+    {{- '<function-name>, "arguments": <args-json-object>}\n</tool_call>END\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- 'TURNsystem\n' + messages[0].content + 'END\n' }}
+{%- endif %}
+{%- set ns = namespace(last_query=-1) %}
+{%- for message in messages if message.role == 'user' %}
+    {%- if not message.content.startswith('<tool_response>') %}
+        {%- set ns.last_query = messages.index(message) %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- 'TURN' + message.role + '\n' + content + 'END\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set thought = message.reasoning_content or '' %}
+        {%- if not thought and '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].split('<think>')[-1] %}
+            {%- set content = content.split('</think>')[-1] %}
+        {%- endif %}
+        {{- 'TURNassistant\n' }}
+        {%- if loop.index0 > ns.last_query and (loop.last or thought) %}
+            {{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- content.lstrip('\n') }}
+        {%- for call in message.tool_calls or [] %}
+            {%- if content or not loop.first %}{{- '\n' }}{%- endif %}
+            {%- set call = call.function or call %}
+            {{- '<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- 'END\n' }}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.first or loop.previtem.role != 'tool' %}{{- 'TURNuser' }}{%- endif %}
+        {{- '\n<tool_response>\n' + content + '\n</tool_response>' }}
+        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- 'END\n' }}{%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'TURNassistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+""".strip()
+
+# ---- 3. Task -------------------------------------------------------------------------------------
+Chain = tuple[int, tuple[tuple[str, int], ...]]  # start, ((operator, operand), ...)
+Example = tuple[list[dict], list[dict] | None, str]  # messages, tools, reply
+Split = tuple[list[dict[str, str]], list[Chain]]  # rows of a data file, the chain of each
+WORDINGS = (  # opening | addition | subtraction | multiplication | between two steps | question
+    "Start with {}. |add {}|subtract {}|multiply by {}|, then |. What is the result?",
+    "Take the number {}. |Add {}|Subtract {}|Multiply by {}|. |. What number do you get?",
+    "Mia has {} coins. |She wins {} more|She gives {} away|She gets {} times as many|. |. How many "
+    "coins does Mia have now?",
+)
+
+
+def apply(operator: str, a: int, b: int) -> int:
+    return {"+": a + b, "-": a - b, "*": a * b}[operator]
+
+
+def make_chain(rng: np.random.Generator, shortest: int, longest: int) -> Chain:
+    """A random chain of `shortest` to `longest` steps whose values all lie in [0, LARGEST]."""
+    value = start = int(rng.integers(2, 31))
+    steps: list[tuple[str, int]] = []
+    length = rng.integers(shortest, longest + 1)
+    while len(steps) < length:
+        operator = "+-*"[rng.integers(3)]
+        operand = int(rng.integers(2, 6) if operator == "*" else rng.integers(1, 21))
+        if 0 <= apply(operator, value, operand) <= LARGEST and (operator != "*" or value > 1):
+            value = apply(operator, value, operand)
+            steps.append((operator, operand))
+    return start, tuple(steps)
+
+
+def work(
+    rng: np.random.Generator, chain: Chain, noise: float = 0.0, *, in_call: bool = False
+) -> list[tuple[str, int]]:
+    """One (expression, result) per step, each step wrong with probability `noise`.
+
+    A wrong step has a wrong result, or with `in_call` a wrong operand and the result of that. Later
+    steps go on from it. All is redrawn until every value lies in [0, LARGEST].
+    """
+    while True:
+        value, lines = chain[0], []
+        for operator, operand in chain[1]:
+            error = int(rng.choice(OFFSETS)) if rng.random() < noise else 0
+            written = max(1, operand + error) if in_call else operand
+            expression = f"{value} {operator} {written}"
+            value = apply(operator, value, written) + (0 if in_call else error)
+            lines.append((expression, value))
+        if all(0 <= value <= LARGEST for _, value in lines):
+            return lines
+
+
+def final_line(value: int) -> str:
+    return f"The answer is \\boxed{{{value}}}."
+
+
+def solution_text(lines: list[tuple[str, int]]) -> str:
+    steps = [f"{expression} = {value}" for expression, value in lines]
+    return "\n".join([*steps, final_line(lines[-1][1])])
+
+
+def make_row(rng: np.random.Generator, chain: Chain, row_id: str = "") -> dict[str, str]:
+    """A line of the data files: the chain in a random wording, its answer and its solution."""
+    opening, add, subtract, multiply, joint, question = str(rng.choice(WORDINGS)).split("|")
+    verbs = {"+": add, "-": subtract, "*": multiply}
+    steps = joint.join(verbs[operator].format(operand) for operator, operand in chain[1])
+    problem = opening.format(chain[0]) + steps[0].upper() + steps[1:] + question
+    lines = work(rng, chain)
+    answer = str(lines[-1][1])
+    return {"id": row_id, "problem": problem, "answer": answer, "solution": solution_text(lines)}
+
+
+def tool_turn(
+    rng: np.random.Generator, chain: Chain, noise: float
+) -> tuple[list[dict], list[dict], str]:
+    """(tools, calls made so far and their results, the next assistant turn)."""
+    about, about_code = str(rng.choice(TOOL_DESCRIPTIONS)).split("|")
+    properties = {"code": {"type": "string", "description": about_code}}
+    parameters = {"type": "object", "properties": properties, "required": ["code"]}
+    spec = {"name": "code_interpreter", "description": about, "parameters": parameters}
+    # Also a model without noise meets wrong calls in its history, and goes on from their results.
+    lines = work(rng, chain, max(noise, 0.1), in_call=True)
+    done = int(rng.integers(len(lines) + 1))
+    value = lines[done - 1][1] if done else chain[0]
+    functions = [
+        {"name": spec["name"], "arguments": {"code": f"print({expression})"}}
+        for expression, _ in lines
+    ]
+    history = []
+    for function, (_, result) in zip(functions[:done], lines, strict=False):
+        calls = [{"type": "function", "function": function}]
+        history += [
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "tool", "content": str(result)},
+        ]
+    reply = final_line(value)
+    if done < len(lines):
+        if not noise:
+            operator, operand = chain[1][done]
+            functions[done]["arguments"]["code"] = f"print({value} {operator} {operand})"
+        reply = f"<tool_call>\n{json.dumps(functions[done])}\n</tool_call>"
+    return [{"type": "function", "function": spec}], history, reply
+
+
+def make_example(
+    rng: np.random.Generator, chain: Chain, skill: str, noise: float, row: dict[str, str]
+) -> Example:
+    """A random prompt of PROMPTS[skill] and the reply to it."""
+    reply = solution_text(work(rng, chain, noise))
+    if skill in ("reference", "guided_rewrite"):  # the reference is what to repeat, noise included
+        row = {**row, "solution": reply}
+    draft = solution_text(work(rng, chain, 0.3))
+    prompt = fill(str(rng.choice(PROMPTS[skill])), {**row, "draft": draft})
+    if "rewrite" in skill and rng.random() < 0.5:
+        prompt = "\n" + prompt  # TRD's own templates begin with a newline
+    messages = [{"role": "user", "content": prompt}]
+    if skill == "tools":
+        tools, history, reply = tool_turn(rng, chain, noise)
+        return [{"role": "system", "content": TOOL_SYSTEM}, *messages, *history], tools, reply
+    if rng.random() < 0.1:
+        messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
+    return messages, None, reply
+
+
+def draw_example(
+    rng: np.random.Generator, recipe: Recipe, held_out: set[Chain], *, first_half: bool = False
+) -> Example:
+    """A random training example of a chain that is not held out."""
+    while (chain := make_chain(rng, 3, recipe.longest)) in held_out:
+        pass
+    row = make_row(rng, chain)
+    if (
+        first_half
+    ):  # the arithmetic, and for the student, which is to need it, the use of a reference
+        copy = recipe.noise > 0 and rng.random() < 0.4
+        skill, noise = ("reference", recipe.noise) if copy else ("plain", 0.0)
+        return make_example(rng, chain, skill, noise, row)
+    skill = str(rng.choice(list(PROMPTS), p=recipe.skills))
+    return make_example(rng, chain, skill, recipe.noise, row)
+
+
+# ---- 4. Tokenizer and model ----------------------------------------------------------------------
+TAGS = [
+    f"<{tag}>" for name in ("think", "tool_call", "tool_response") for tag in (name, "/" + name)
+]
+
+
+def render(tokenizer: PreTrainedTokenizerFast, example: Example, *, thinking: bool) -> str:
+    """The prompt of an example, chat template applied."""
+    messages, tools, _ = example
+    options = {"add_generation_prompt": True, "enable_thinking": thinking, "tokenize": False}
+    return tokenizer.apply_chat_template(messages, tools=tools, **options)
+
+
+def make_tokenizer(recipe: Recipe, seed: int, vocab_size: int = 1280) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on rendered examples.
+
+    Merges cross spaces but no punctuation mark, so the papers' boilerplate takes few tokens.
+    """
+    special = [recipe.pad, recipe.turn, recipe.end]
+    pieces = r"\d|\n+|[^\d\n.?!:,]+[.?!:,]*"
+    if not recipe.split_numbers:
+        pieces = r" [-+*=] |\d{1,3}|\n+| ?[^\d\s]+|\s"
+    split = pre_tokenizers.Split(Regex(pieces), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+
+    def wrap() -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            eos_token=recipe.end,
+            pad_token=recipe.pad,
+            chat_template=CHAT_TEMPLATE.replace("TURN", recipe.turn).replace("END", recipe.end),
+            model_max_length=8192,
+        )
+
+    rng, untrained, corpus = np.random.default_rng(seed), wrap(), []
+    for _ in range(4000):
+        example = draw_example(rng, RECIPES[0], set())  # one corpus: teacher and student share ids
+        text = render(untrained, example, thinking=False) + example[2]
+        corpus += re.split("|".join(map(re.escape, [*special, *TAGS])), text)
+    corpus += [str(number) for number in range(LARGEST + 1)] * 1000  # worth a token where allowed
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(special) - len(TAGS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in TAGS])
+    return wrap()
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """An untrained model of 4 layers with tied embeddings."""
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden,
+        intermediate_size=2 * recipe.hidden,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,  # the smallest that vLLM's attention takes
+        max_position_embeddings=8192,  # trained on a few hundred; the room is for the scripts
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        **special,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(**special)
+    return model
+
+
+def save(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # The class name that transformers 5 writes is unknown to transformers 4; both know this one.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ---- 5. Training ---------------------------------------------------------------------------------
+Batch = list[tuple[list[int], list[int]]]  # ids of the prompt, ids of the reply with EOS
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, example: Example, *, thinking: bool
+) -> tuple[list[int], list[int]]:
+    """(ids of the prompt, ids of the reply with EOS)."""
+    prompt_ids = tokenizer(render(tokenizer, example, thinking=thinking)).input_ids
+    return prompt_ids, [*tokenizer(example[2]).input_ids, tokenizer.eos_token_id]
+
+
+def batches(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, held_out: set[Chain], steps: int, seed: int
+) -> Iterator[Batch]:
+    """`steps` batches, rows of similar length together."""
+    rng = np.random.default_rng(seed)
+    size, group = 32, 8  # a group is drawn at once and sorted by length: little padding
+    for first in range(0, steps, group):
+        rows = []
+        for _ in range(group * size):
+            example = draw_example(rng, recipe, held_out, first_half=first < steps / 2)
+            rows.append(encode(tokenizer, example, thinking=bool(rng.integers(2))))
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+        for i in rng.permutation(group)[: steps - first]:
+            yield rows[i * size : (i + 1) * size]
+
+
+def train(model: Qwen3ForCausalLM, data: Iterator[Batch], steps: int, name: str) -> None:
+    """Next-token cross-entropy on the replies.
+
+    Muon on the matrices learns this task in a third of the steps that AdamW needs.
+    """
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [model.lm_head.weight, *(p for p in model.parameters() if p.ndim == 1)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    schedules = [  # 40 steps up, the second half down to 0
+        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1, (i + 1) / 40, 2 - 2 * i / steps))
+        for o in optimizers
+    ]
+    model.train()
+    for step, rows in enumerate(data, 1):
+        width = max(len(prompt_ids) + len(reply_ids) for prompt_ids, reply_ids in rows)
+        input_ids = torch.full((len(rows), width), model.config.pad_token_id)  # (B, T)
+        in_reply = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, (prompt_ids, reply_ids) in enumerate(rows):
+            end = len(prompt_ids) + len(reply_ids)
+            input_ids[i, :end] = torch.tensor(prompt_ids + reply_ids)
+            in_reply[i, len(prompt_ids) : end] = True
+        # No attention mask: pads are on the right, where no real token of a causal model looks.
+        hidden = model.model(input_ids[:, :-1]).last_hidden_state  # (B, T - 1, D)
+        logits = model.lm_head(hidden[in_reply[:, 1:]])  # (N, V): one row per token of the replies
+        loss = F.cross_entropy(logits, input_ids[in_reply])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad()
+        if step % 100 == 0:
+            print(f"{name} {step}/{steps} loss {loss.item():.3f}", flush=True)
+
+
+# ---- 6. Scoring ----------------------------------------------------------------------------------
+@torch.no_grad()
+def sample(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
+) -> list[str]:
+    """One reply per prompt, temperature 0.7, full distribution, at most 160 tokens."""
+    pad = tokenizer.pad_token_id
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])  # left padded
+    # All explicit: generate would fill gaps from the model's own generation_config.
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+    knobs = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_new_tokens": 160}
+    config = GenerationConfig(**knobs, **special)
+    mask = (input_ids != pad).long()
+    output = model.generate(input_ids, attention_mask=mask, generation_config=config)
+    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+
+
+def score(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    split: Split,
+    skill: str,
+    thinking: bool,
+    repeats: int,
+) -> float:
+    """Percent of right replies: the last box for a solution, the very text for a tool turn."""
+    model.eval()
+    set_seed(0)
+    rng = np.random.default_rng(0)
+    rows, chains = split[0] * repeats, split[1] * repeats
+    examples = [
+        make_example(rng, chain, skill, 0.0, row) for row, chain in zip(rows, chains, strict=True)
+    ]
+    prompts = [encode(tokenizer, example, thinking=thinking)[0] for example in examples]
+    hits = 0
+    for text, row, (_, _, reply) in zip(
+        sample(model, tokenizer, prompts), rows, examples, strict=True
+    ):
+        answers = re.findall(r"\\boxed\{(.*?)\}", text)
+        hits += text == reply if skill == "tools" else answers[-1:] == [row["answer"]]
+    return 100 * hits / len(rows)
+
+
+# ---- 7. Building ---------------------------------------------------------------------------------
+TESTS = {  # row of the printed table -> (data file, skill, thinking, samples per problem)
+    "plain": ("test", "plain", False, 4),
+    "plain, thinking": ("test", "plain", True, 4),
+    "plain, longer": ("test_ood", "plain", False, 4),
+    "reference": ("test", "reference", True, 1),
+    "rewrite": ("test", "rewrite", True, 1),
+    "guided rewrite": ("test", "guided_rewrite", True, 1),
+    "tool turn": ("test", "tools", True, 1),
+}
+
+
+def make_splits(seed: int) -> dict[str, Split]:
+    """The three data files; no chain is in two of them."""
+    rng = np.random.default_rng(seed)
+    splits, used = {}, set()
+    sizes = {"test": (200, 3, 6), "test_ood": (100, 7, 8), "train": (2000, 3, 6)}
+    for name, (count, shortest, longest) in sizes.items():
+        rows, chains = splits[name] = [], []
+        while len(rows) < count:
+            chain = make_chain(rng, shortest, longest)
+            if chain not in used:
+                used.add(chain)
+                chains.append(chain)
+                rows.append(make_row(rng, chain, f"{name}-{len(rows):04d}"))
+    return splits
+
+
+def build_model(recipe: Recipe, splits: dict[str, Split], folder: Path, args: Args) -> list[str]:
+    """Train, save and score one model; its column of the table."""
+    torch.set_num_threads(1)  # more would change the last bits, and thrash on a busy machine
+    start = time.perf_counter()
+    tokenizer = make_tokenizer(recipe, args.seed)
+    set_seed(args.seed)
+    model = make_model(recipe, tokenizer)
+    held_out = {*splits["test"][1], *splits["test_ood"][1]}
+    steps = max(1, round(args.scale * recipe.steps))
+    data = batches(recipe, tokenizer, held_out, steps, args.seed + 1)
+    train(model, data, steps, recipe.name)
+    seconds = time.perf_counter() - start
+    save(folder / recipe.name, model, tokenizer)
+    column = [f"{model.num_parameters():,}", f"{seconds:.0f}"]
+    taught = dict(zip(PROMPTS, recipe.skills, strict=True))
+    for name, *test in TESTS.values():
+        right = score(model, tokenizer, splits[name], *test) if taught[test[0]] else None
+        column.append("-" if right is None else f"{right:.1f}")
+    return column
+
+
+def main(args: Args) -> None:
+    if args.out.exists() and any(args.out.iterdir()):
+        problem = ""
+        if not args.force:
+            problem = f"{args.out} is not empty: give another --out, or --force to replace it."
+        elif not (args.out / "student" / "config.json").exists():
+            problem = f"{args.out} is not a build of this script: give another --out."
+        if problem:
+            print(problem, file=sys.stderr)
+            sys.exit(2)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    splits = make_splits(args.seed)
+    # Built beside its place and then moved, so that a killed build leaves the old one whole.
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".tiny-") as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()
+        for name, (rows, _) in splits.items():
+            lines = [json.dumps(row) + "\n" for row in rows]
+            (fresh / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
+            jobs = [pool.submit(build_model, recipe, splits, fresh, args) for recipe in RECIPES]
+            columns = [job.result() for job in jobs]
+        if args.out.exists():
+            args.out.rename(Path(scratch) / "old")
+        fresh.rename(args.out)
+    print("percent right at temperature 0.7; plain: mean of 4 samples")
+    table = [("", *(recipe.name for recipe in RECIPES))]
+    table += zip(["parameters", "seconds", *TESTS], *columns, strict=True)
+    for head, *cells in table:
+        print(f"{head:16}", *(f"{cell:>14}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
