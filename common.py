@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -146,6 +147,7 @@ class Run:
         for path in self.dir.glob("*.jsonl") if self.world.rank == 0 else []:
             rows = [row for row in self.read(path.stem) if row["step"] <= step]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.world.gather([])  # no rank reads on before rank 0 has written
         return step
 
     def _on_interrupt(self, *_: Any) -> None:
@@ -286,7 +288,7 @@ def load_model(name: str, *, dtype: str, device: str, trainable: bool = False) -
 
 
 def load_student(
-    name: str, *, lora_rank: int, lora_alpha: int, dtype: str, device: str, checkpointing: bool
+    name: str, lora_rank: int, lora_alpha: int, *, dtype: str, device: str, checkpointing: bool
 ) -> nn.Module:
     """The trained model: float32 LoRA on every linear layer but the head; rank 0 trains it all.
 
@@ -438,10 +440,11 @@ def collate(rollouts: list[Rollout], pad_id: int, device: str) -> Batch:
     return Batch(input_ids.to(device), attention_mask.to(device), completion_mask.to(device))
 
 
-def sampled_logprobs(rollouts: list[Rollout], device: str) -> Tensor:
-    """(N,) log-probs that the sampler gave the supervised tokens, in the order of the batch."""
+def logprob_gap(hidden: Tensor, head: Head, ids: Tensor, rollouts: list[Rollout]) -> Tensor:
+    """(N,) |trainer - sampler| log-probs of the supervised tokens `ids` (N,), T = 1, nats."""
     pairs = [p for r in rollouts for p in zip(r.logprobs, r.supervised, strict=True)]
-    return torch.tensor([logprob for logprob, kept in pairs if kept], device=device)
+    sampled = torch.tensor([logprob for logprob, kept in pairs if kept], device=ids.device)
+    return (token_logprobs(hidden, head, ids) - sampled).abs()
 
 
 def autocast(model: nn.Module, device: torch.device) -> torch.autocast:
@@ -523,20 +526,23 @@ def context_needed(
     return longest + new_tokens
 
 
-def print_prompt(side: str, tokenizer: Any, prompt_ids: list[int]) -> None:
-    """Show one prompt exactly as the model reads it, special tokens included."""
-    print(f"---- {side} prompt, {len(prompt_ids)} tokens ----\n{tokenizer.decode(prompt_ids)}")
+def print_setup(sides: dict[str, tuple[Any, list[int]]]) -> None:
+    """Show one prompt of each side as the model reads it, and how the tokenizers differ.
 
-
-def compare_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
-    """Say in one line each how the end of turn and the chat template differ, where they do."""
-    ends = student_tokenizer.eos_token, teacher_tokenizer.eos_token
-    if ends[0] != ends[1]:
-        print(f"warning: the student ends a turn with {ends[0]!r}, the teacher with {ends[1]!r}.")
-    if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
+    `sides` maps "student" and "teacher" to a tokenizer and the ids of a rendered prompt.
+    """
+    for side, (tokenizer, ids) in sides.items():
+        print(f"---- {side} prompt, {len(ids)} tokens ----\n{tokenizer.decode(ids)}")
+    student, teacher = sides["student"][0], sides["teacher"][0]
+    if student.eos_token != teacher.eos_token:
+        print(
+            f"warning: end of turn: student {student.eos_token!r}, teacher {teacher.eos_token!r}."
+        )
+    if student.chat_template != teacher.chat_template:
         print("note: the two chat templates differ; each model reads its own.")
 
 
+@torch.no_grad()
 def check_first_batch(
     models: dict[str, tuple[nn.Module, Batch]], rollouts: list[Rollout], divergence: Divergence
 ) -> None:
@@ -552,20 +558,32 @@ def check_first_batch(
     if batch.input_ids[batch.completion_mask].tolist() != sampled:
         raise Stop("step-0 check: the trained token ids are not the sampled ids; please report it.")
     for side, (model, batch) in models.items():
-        hidden, head = completion_hidden(model, batch)[:64], head_of(model)
-        ids = batch.input_ids[batch.completion_mask][:64]
-        ours = token_logprobs(hidden, head, ids)
+        row = batch.completion_mask.any(1).int().argmax()  # one rollout: whole logits are large
+        one = Batch(*(t[row : row + 1] for t in vars(batch).values()))
+        keep = one.completion_mask[0, 1:].nonzero()[:64, 0]  # positions that predict
+        hidden, head = completion_hidden(model, one)[: len(keep)], head_of(model)
+        ids = one.input_ids[0, keep + 1]
         with autocast(model, ids.device):
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        logits = logits[:, :-1][batch.completion_mask[:, 1:]][:64].float()
-        theirs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
-        if (ours - theirs).abs().mean() > (1e-3 if head.weight.dtype == torch.float32 else 0.05):
-            raise Stop(
-                f"step-0 check: the {side}'s head scales its logits in a way not known here."
-            )
+            logits = model(
+                input_ids=one.input_ids, attention_mask=one.attention_mask, logits_to_keep=keep
+            ).logits[0]
+        theirs = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        gap = (token_logprobs(hidden, head, ids) - theirs).abs()
+        if len(gap) and gap.mean() > (1e-3 if head.weight.dtype == torch.float32 else 0.05):
+            raise Stop(f"step-0 check: the {side}'s head scales its logits in an unknown way.")
     same = chunked_divergence(divergence, hidden, head, hidden, head)
-    if not same.abs().max() < 1e-4:
+    if len(same) and not same.abs().max() < 1e-4:
         raise Stop(f"step-0 check: teacher against itself has divergence {same.abs().max():.1e}.")
+
+
+def check_finite(step: int, run: Run, **values: float) -> None:
+    """Stop before an update that would ruin the weights; saved checkpoints stay as they are."""
+    if not all(math.isfinite(v) for v in values.values()):
+        listed = ", ".join(f"{name} {value}" for name, value in values.items())
+        raise Stop(
+            f"step {step} stopped before its update: {listed}; the checkpoints in {run.dir} are "
+            "good, lower --learning-rate."
+        )
 
 
 def check_logprob_gap(gap: float, dtype: torch.dtype) -> None:

@@ -32,7 +32,6 @@ Differences from the paper:
 3. Not stated there, chosen here and marked [ours] below: optimizer, schedule, clip, prompt.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -207,43 +206,36 @@ def main(args: Args) -> Path:
     torch.manual_seed(args.seed)
     teacher = common.load_model(args.teacher, dtype=args.dtype, device=world.device)
     student = common.load_student(
-        args.student,
-        lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        dtype=args.dtype,
-        device=world.device,
+        args.student, args.lora_rank, args.lora_alpha, dtype=args.dtype, device=world.device,
         checkpointing=args.gradient_checkpointing,
-    )
+    )  # fmt: skip
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)  # [ours]
     chat = partial(common.chat_prompt_ids, thinking=args.thinking)
     used = common.problems_for_step(problems, 0, args.steps * args.prompts_per_step, args.seed)
-    asked, exam = [student_prompt(p) for p in used], [student_prompt(p) for p in benchmark]
     context, new = partial(common.context_needed, thinking=args.thinking), args.max_new_tokens
     context(teacher, teacher_tokenizer, map(teacher_prompt, used), new, "--max-new-tokens")
+    exam, exam_new = map(student_prompt, benchmark), args.eval_max_new_tokens if benchmark else 0
     max_len = max(
-        context(student, tokenizer, asked, new, "--max-new-tokens"),
-        context(student, tokenizer, exam, args.eval_max_new_tokens, "--eval-max-new-tokens"),
+        context(student, tokenizer, map(student_prompt, used), new, "--max-new-tokens"),
+        context(student, tokenizer, exam, exam_new, "--eval-max-new-tokens"),
     )
     sampler = Sampler(
-        args.student,
-        student,
-        tokenizer,
-        backend=args.sampler,
-        max_len=max_len,
-        memory_fraction=args.memory_fraction,
-        seed=args.seed,
-    )
+        args.student, student, tokenizer, backend=args.sampler, max_len=max_len,
+        memory_fraction=args.memory_fraction, seed=args.seed,
+    )  # fmt: skip
     sampled = vocabulary.aligned and args.cross_tokenizer == "sampled"
     student_rows = None if sampled else vocabulary.student_ids
     teacher_head = common.head_of(teacher, None if sampled else vocabulary.teacher_ids)
     start = run.begin(student, optimizer)  # 0, or the step of the checkpoint to go on from
     if world.rank == 0:
-        common.print_prompt("student", tokenizer, chat(tokenizer, student_prompt(used[0])))
-        ids = chat(teacher_tokenizer, teacher_prompt(used[0]))
-        common.print_prompt("teacher", teacher_tokenizer, ids)
-        common.compare_tokenizers(tokenizer, teacher_tokenizer)
+        ids = chat(tokenizer, student_prompt(used[0]))
+        teacher_ids = chat(teacher_tokenizer, teacher_prompt(used[0]))
+        common.print_setup(
+            {"student": (tokenizer, ids), "teacher": (teacher_tokenizer, teacher_ids)}
+        )
 
+    knobs = {"temperature": args.temperature, "top_p": args.top_p}  # of sampling, all of them
     bar = tqdm(total=args.steps, initial=start, disable=world.rank > 0, desc="esr")
     for step in range(start, args.steps + 1):
         times: dict[str, float] = {}
@@ -255,18 +247,10 @@ def main(args: Args) -> Path:
             due = step % args.save_every == 0 or step == args.steps
             if benchmark and due and step not in {row["step"] for row in run.read("eval")}:
                 metrics, samples = evaluate(
-                    sampler,
-                    tokenizer,
-                    benchmark,
-                    n=args.eval_n,
-                    max_new_tokens=args.eval_max_new_tokens,
-                    temperature=args.temperature,
-                    top_p=args.top_p,
-                    seed=args.seed,
-                    thinking=args.thinking,
-                    world=world,
-                    prompt_template=PROMPT,
-                )
+                    sampler, tokenizer, benchmark, n=args.eval_n,
+                    max_new_tokens=args.eval_max_new_tokens, seed=args.seed,
+                    thinking=args.thinking, world=world, prompt_template=PROMPT, **knobs,
+                )  # fmt: skip
                 run.log_evaluation(step, args.benchmark, metrics, samples)
             if step == args.steps:
                 break
@@ -281,8 +265,7 @@ def main(args: Args) -> Path:
                     [chat(tokenizer, student_prompt(todo[n])) for n, _ in jobs],
                     [common.request_seed(args.seed, step, n, g) for n, g in jobs],
                     max_new_tokens=args.max_new_tokens,
-                    temperature=args.temperature,
-                    top_p=args.top_p,
+                    **knobs,
                 )
         prompts = [chat(teacher_tokenizer, teacher_prompt(todo[n])) for n, _ in jobs]
         views = teacher_rollouts(rollouts, prompts, vocabulary, teacher_tokenizer)
@@ -292,9 +275,7 @@ def main(args: Args) -> Path:
         (num_tokens,) = world.sum(sum(min(k, sum(r.supervised)) for r in rollouts))
         if num_tokens == 0:
             raise common.Stop(f"step {step}: the rollouts hold no token that can be supervised.")
-        totals = np.zeros(
-            4
-        )  # loss, kl, log-prob gap, scored tokens: summed, so they are the step's
+        totals = np.zeros(4)  # loss, kl, log-prob gap, scored tokens: sums, so they are the step's
         with common.timed(times, "time/train_s"):
             for i in range(0, len(rollouts), args.micro_batch):
                 part = slice(i, i + args.micro_batch)
@@ -314,23 +295,21 @@ def main(args: Args) -> Path:
                     score = partial(selection_score, select=args.select)
                     with torch.no_grad():
                         scores = common.chunked_divergence(score, *pair)  # (N,)
-                weights = token_weights(
-                    batch.completion_mask, num_tokens=num_tokens, scores=scores, k=k
-                )[batch.completion_mask]  # (N,)
+                mask = batch.completion_mask  # (B, T)
+                weights = token_weights(mask, num_tokens=num_tokens, scores=scores, k=k)[
+                    mask
+                ]  # (N,)
                 kl = common.chunked_divergence(
-                    sampled_reverse_kl if sampled else divergence,
-                    *pair,
-                    weights=weights,
+                    sampled_reverse_kl if sampled else divergence, *pair, weights=weights,
                     rows=(ids, teacher_ids) if sampled else (),
-                )  # (N,) nats
+                )  # fmt: skip  # (N,) nats
                 loss = (weights * kl).sum()  # Eq. 1, mean over the step's tokens
                 loss.backward()
-                full_head = common.head_of(student)
+                head = common.head_of(student)
+                gap = common.logprob_gap(student_hidden, head, ids, rollouts[part])
                 if step == start and i == 0 and vocabulary.aligned:
-                    pair = (student_hidden, full_head), (teacher_hidden, common.head_of(teacher))
-                    print_alignment(vocabulary, rollouts[part], *pair)
-                own = common.token_logprobs(student_hidden, full_head, ids)
-                gap = (own - common.sampled_logprobs(rollouts[part], world.device)).abs()
+                    teacher_side = teacher_hidden, common.head_of(teacher)
+                    print_alignment(vocabulary, rollouts, (student_hidden, head), teacher_side)
                 totals += [loss.item(), kl.sum().item(), gap.sum().item(), len(kl)]
         loss_sum, kl_sum, gap_sum, num_scored, *counts = world.sum(
             *totals,
@@ -346,11 +325,7 @@ def main(args: Args) -> Path:
         # -- Update
         world.sum_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-        if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
-            raise common.Stop(
-                f"step {step + 1} stopped before its update: loss {loss_sum}, gradient norm "
-                f"{grad_norm}; the checkpoints in {run.dir} are good, lower --learning-rate."
-            )
+        common.check_finite(step + 1, run, loss=loss_sum, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -365,7 +340,7 @@ def main(args: Args) -> Path:
             "rollout/len_mean": num_sampled / num_rollouts,
             "rollout/stop_frac": num_stopped / num_rollouts,
             "rollout/logprob_gap": gap_sum / num_scored,
-            "esr/aligned_frac": num_scored / num_sampled,
+            "rollout/aligned_frac": num_scored / num_sampled,
             **times,
             "mem/peak_gb": common.peak_memory_gb(world.device),
         }

@@ -189,7 +189,7 @@ def test_two_ranks_give_the_gradient_of_one_process(tmp_path):
 def test_a_teacher_with_another_tokenizer(tmp_path, mode, capsys):
     got = run(tmp_path, teacher="tiny/teacher_other", cross_tokenizer=mode, max_new_tokens=40)
     (row,) = metrics(got)
-    assert 0.3 < row["esr/aligned_frac"] < 1
+    assert 0.3 < row["rollout/aligned_frac"] < 1
     assert row["tokens/supervised"] < row["tokens/sampled"]
     assert row["grad_norm"] > 0
     assert "tokenizers differ: the" in capsys.readouterr().out

@@ -126,7 +126,14 @@ def test_tuples_rows_and_empty_input():
     )
     empty.sum().backward()
     assert empty.shape == (0,)
-    pair = chunked_divergence(lambda s, t: (reverse_kl(s, t), entropy(s)), *nothing, vocab_size=V)
+    pair = chunked_divergence(
+        lambda s, t: (reverse_kl(s, t), entropy(s)),
+        hidden[:0],
+        head,
+        teacher_hidden[:0],
+        teacher_head,
+        vocab_size=V,
+    )
     assert [len(p) for p in pair] == [0, 0]
 
 
