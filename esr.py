@@ -17,8 +17,8 @@ the sampling. With a long N this file is plain OPD.
 
 Run it:
     python esr.py --student tiny/student --teacher tiny/teacher --problems tiny/train.jsonl \
-        --benchmark tiny/test.jsonl --max-new-tokens 16 --steps 40 --save-every 40 \
-        --learning-rate 2e-3 --eval-max-new-tokens 128        # laptop CPU, 2 minutes
+        --benchmark tiny/test.jsonl --max-new-tokens 24 --steps 60 --learning-rate 2e-3 \
+        --prompts-per-step 32 --micro-batch 32 --eval-max-new-tokens 96      # laptop CPU, minutes
     python esr.py --student Qwen/Qwen2.5-Math-1.5B --teacher Qwen/Qwen3-1.7B \
         --problems AI-MO/NuminaMath-CoT --benchmark HuggingFaceH4/MATH-500   # the paper, 1 GPU
     python esr.py ... --max-new-tokens 2048                   # plain OPD, the paper's baseline
@@ -70,9 +70,7 @@ class Args:
     max_new_tokens: int = 100  # N, where generation stops; 2048 is plain OPD [paper]
     select: Select = "prefix"  # which tokens are trained; others pick from the full rollout [paper]
     select_k: int = 100  # tokens kept per rollout, unless prefix [paper]
-    cross_tokenizer: Literal["shared", "sampled"] = (
-        "shared"  # divergence on aligned tokens [Sec. 4.1: unclear]
-    )
+    cross_tokenizer: Literal["shared", "sampled"] = "shared"  # on aligned tokens [Sec. 4.1]
     # rollouts
     prompts_per_step: int = 16  # problems per update [paper]
     num_generations: int = 1  # rollouts per problem [paper]

@@ -81,6 +81,20 @@ def chunked_divergence(
     return outputs if len(outputs) > 1 else outputs[0]
 
 
+def _differentiate(
+    divergence, logits, softcap, teacher_logits, teacher_softcap, rows, temperature, want_gradient
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What `divergence` returns for these rows; `logits` becomes dD_i / dlogits in place."""
+    teacher_logprobs = _logprobs(teacher_logits, teacher_softcap, temperature)
+    with torch.set_grad_enabled(want_gradient):
+        leaf = logits.detach().requires_grad_(want_gradient)
+        output = divergence(_logprobs(leaf, softcap, temperature), teacher_logprobs, *rows)
+        output = output if isinstance(output, tuple) else (output,)
+        if want_gradient:
+            logits.copy_(torch.autograd.grad(output[0].sum(), leaf)[0])
+    return tuple(o.detach() for o in output)
+
+
 class _ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -111,24 +125,15 @@ class _ChunkedDivergence(torch.autograd.Function):
             )  # fmt: skip
             for first in range(0, n, block):
                 part = slice(first, min(first + block, n))
-                teacher_logprobs = _logprobs(
-                    teacher_logits[part], teacher_head.softcap, temperature
-                )
-                with torch.set_grad_enabled(any(needs)):
-                    leaf = logits[part].detach().requires_grad_(any(needs))
-                    output = divergence(
-                        _logprobs(leaf, softcap, temperature),
-                        teacher_logprobs,
-                        *(r[start + part.start : start + part.stop] for r in rows),
-                    )
-                    output = output if isinstance(output, tuple) else (output,)
-                    if any(needs):  # the block of logits becomes dD_i / dlogits, in place
-                        logits[part] = torch.autograd.grad(output[0].sum(), leaf)[0]
+                output = _differentiate(
+                    divergence, logits[part], softcap, teacher_logits[part], teacher_head.softcap,
+                    [r[chunk][part] for r in rows], temperature, any(needs),
+                )  # fmt: skip
                 # Into tensors made once: a small one kept per block pins the heap around it, and
                 # glibc then takes new memory for each block (+340 MB at 256 x 151,936).
                 outputs = outputs or [o.new_empty(num) for o in output]
                 for whole, o in zip(outputs, output, strict=True):
-                    whole[start + part.start : start + part.stop] = o.detach()
+                    whole[chunk][part] = o
             if want_hidden:
                 _matmul(logits, weight, out=grad_hidden[chunk])
             if want_weight or want_bias:
@@ -138,8 +143,8 @@ class _ChunkedDivergence(torch.autograd.Function):
             if want_bias:
                 grad_bias += logits.sum(0)
         if num == 0:  # as many results as the divergence returns
-            output = divergence(student_logits[:0], teacher_logits[:0], *rows)
-            outputs = [o.detach() for o in (output if isinstance(output, tuple) else (output,))]
+            empty = student_logits[:0], softcap, teacher_logits[:0], teacher_head.softcap
+            outputs = _differentiate(divergence, *empty, rows, temperature, False)
         ctx.save_for_backward(grad_hidden, grad_bias, weights)
         ctx.grad_weight = grad_weight  # not saved: backward scales it in place and hands it over
         ctx.dtypes = student_hidden.dtype, weight.dtype, None if bias is None else bias.dtype

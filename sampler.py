@@ -13,7 +13,6 @@ from typing import Any
 
 import peft
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
@@ -70,12 +69,13 @@ class Sampler:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # training shares the cores
         import vllm
 
+        ranks = int(os.environ.get("WORLD_SIZE", 1))  # under torchrun: an engine for each rank
         options: dict[str, Any] = {}
         if self.adapters:
             rank = self.student.peft_config["default"].r
-            ranks = (8, 16, 32, 64, 128, 256, 512)  # those that vLLM has kernels for
+            sizes = (8, 16, 32, 64, 128, 256, 512)  # those that vLLM has kernels for
             options = {"enable_lora": True, "max_loras": 1}
-            options["max_lora_rank"] = next(r for r in ranks if r >= rank)
+            options["max_lora_rank"] = next(n for n in sizes if n >= rank)
         if self.on_gpu:
             options |= {"enable_sleep_mode": True, "gpu_memory_utilization": memory_fraction}
         else:  # a prefill in parts would rewind a seeded generator, which CPU generators cannot
@@ -88,9 +88,7 @@ class Sampler:
                 dtype=self.student.compute_dtype,
                 max_model_len=self.max_len,
                 skip_tokenizer_init=True,  # token ids in, token ids out
-                distributed_executor_backend="external_launcher"
-                if dist.is_initialized()
-                else "uni",
+                distributed_executor_backend="external_launcher" if ranks > 1 else "uni",
                 seed=seed,
                 **options,
             )

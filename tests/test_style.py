@@ -33,7 +33,9 @@ def args_class(name):
 def test_every_flag_is_read_and_every_default_has_a_source(name):
     text, fields = source(name), args_class(name).body
     fields = [f for f in fields if isinstance(f, ast.AnnAssign)]
-    read = {a.attr for a in ast.walk(ast.parse(text)) if isinstance(a, ast.Attribute)}
+    nodes = [*ast.walk(ast.parse(text)), *ast.walk(ast.parse(source("common")))]
+    read = {a.attr for a in nodes if isinstance(a, ast.Attribute)}
+    read |= {c.value for c in nodes if isinstance(c, ast.Constant)}  # getattr(args, "name")
     lines = text.splitlines()
     for field in fields:
         assert field.target.id in read, f"{name}: --{field.target.id} is never read"
