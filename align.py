@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import Rollout, Stop
+from common import Rollout, Stop, turn_end_id
 from kl import Head, every_logprob
 
 
@@ -49,7 +49,7 @@ def match_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> Vocabu
             f"and {len(teacher_vocab)}: nothing to distil along; choose a closer teacher."
         )
     # The two end-of-turn tokens mean the same, whatever they are called.
-    ends = (student_tokenizer.eos_token_id, teacher_tokenizer.eos_token_id)
+    ends = (turn_end_id(student_tokenizer), turn_end_id(teacher_tokenizer))
     ids = torch.tensor([*sorted(pairs.values()), ends])  # (V, 2)
     return Vocabulary(len(ids), True, ids[:, 0], ids[:, 1], student_bytes, teacher_bytes)
 
@@ -61,7 +61,8 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     <0xE2> for a byte). Stops on any other kind.
     """
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
-    added, special = tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
+    added = tokenizer.get_added_vocab()
+    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     vocab = tokenizer.get_vocab()
     table: list[bytes | None] = [None] * (max(vocab.values()) + 1)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -69,7 +70,8 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     alphabet = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
     for token, i in vocab.items():
         if token in added:
-            table[i] = None if i in special else token.encode()
+            spelled = token.replace("\u2581", " ") if "ByteFallback" in decoder else token
+            table[i] = None if i in special else spelled.encode()
         elif "ByteLevel" in decoder:
             table[i] = bytes(alphabet[c] for c in token)
         elif "ByteFallback" in decoder:
@@ -151,6 +153,7 @@ def _read_as_teacher(
     return ids, pairs
 
 
+@torch.no_grad()
 def print_alignment(
     vocabulary: Vocabulary,
     rollouts: list[Rollout],

@@ -6,8 +6,8 @@ is public.
 On-policy distillation lets the student write, and pulls its next-token distribution towards the
 teacher's along what it wrote. Late in a weak student's text the teacher itself goes wrong: it is
 asked to continue a text it would not have written. ESR stops the rollout after N tokens, so that
-only early tokens, where the teacher is still reliable, are trained. That also costs a twentieth of
-the sampling. With a long N this file is plain OPD.
+only early tokens, where the teacher is still reliable, are trained. That also costs a tenth of the
+sampled tokens. With a long N this file is plain OPD.
 
     for each step:
         x ~ problems;  y ~ student(. | x), generation stopped at N tokens         # Eq. 2
@@ -29,7 +29,9 @@ Differences from the paper:
    vocabulary; the paper aligns their texts. Other pairs are aligned as in Sec. 4.1, and the
    divergence runs over the vocabulary entries that both sides have (--cross-tokenizer sampled: the
    sampled tokens only, which is how the paper's sentence can also be read).
-3. Not stated there, chosen here and marked [ours] below: optimizer, schedule, clip, prompt.
+3. Rollouts are drawn at T = 0.7 and the divergence is taken at T = 1, as the paper's numbers imply;
+   for --cross-tokenizer sampled this makes the gradient a biased estimate.
+4. Not stated there, chosen here and marked [ours] below: optimizer, schedule, clip, prompt.
 """
 
 from dataclasses import dataclass
@@ -157,8 +159,8 @@ def sampled_reverse_kl(
 ) -> Tensor:
     """One-sample estimate of the reverse KL: (n, V_s), (n, V_t), (n,), (n,) -> (n,) nats.
 
-    The value is log p(y) - log q(y) for the sampled y ~ p; the gradient is the score function's,
-    (log p - log q) grad log p, because the value's own gradient has mean zero.
+    The value is log p(y) - log q(y); the gradient is the score function's, (log p - log q) grad
+    log p, because the value's own gradient has mean zero. Unbiased where y ~ p, so at T = 1.
     """
     log_p = student_logprobs.gather(1, student_ids[:, None])[:, 0]
     log_q = teacher_logprobs.gather(1, teacher_ids[:, None])[:, 0]
@@ -185,9 +187,14 @@ def check(args: Args) -> None:
             f"--select-k {args.select_k} must lie between 1 and the rollout length, "
             f"--max-new-tokens {args.max_new_tokens}."
         )
-    for name in ("prompts_per_step", "num_generations", "steps", "micro_batch", "save_every"):
-        if getattr(args, name) < 1:
-            raise common.Stop(f"--{name.replace('_', '-')} must be at least 1.")
+    least = {"prompts_per_step": 1, "num_generations": 1, "steps": 1, "micro_batch": 1}
+    least |= {"save_every": 1, "eval_n": 1, "eval_max_new_tokens": 1}
+    least |= {"lora_rank": 0, "temperature": 0, "learning_rate": 0, "max_grad_norm": 0}
+    for name, bound in least.items():
+        if not getattr(args, name) >= bound:
+            raise common.Stop(f"--{name.replace('_', '-')} must be at least {bound}.")
+    if not 0 < args.top_p <= 1 or not 0 < args.memory_fraction < 1:
+        raise common.Stop("--top-p and --memory-fraction must lie between 0 and 1.")
 
 
 def main(args: Args) -> Path:
@@ -223,15 +230,14 @@ def main(args: Args) -> Path:
         memory_fraction=args.memory_fraction, seed=args.seed,
     )  # fmt: skip
     sampled = vocabulary.aligned and args.cross_tokenizer == "sampled"
+    if sampled and args.select != "prefix":
+        raise common.Stop("--select needs whole distributions: use --cross-tokenizer shared.")
     student_rows = None if sampled else vocabulary.student_ids
     teacher_head = common.head_of(teacher, None if sampled else vocabulary.teacher_ids)
     start = run.begin(student, optimizer)  # 0, or the step of the checkpoint to go on from
     if world.rank == 0:
-        ids = chat(tokenizer, student_prompt(used[0]))
-        teacher_ids = chat(teacher_tokenizer, teacher_prompt(used[0]))
-        common.print_setup(
-            {"student": (tokenizer, ids), "teacher": (teacher_tokenizer, teacher_ids)}
-        )
+        prompts = student_prompt(used[0]), teacher_prompt(used[0])
+        common.print_setup(tokenizer, teacher_tokenizer, prompts, thinking=args.thinking)
 
     knobs = {"temperature": args.temperature, "top_p": args.top_p}  # of sampling, all of them
     bar = tqdm(total=args.steps, initial=start, disable=world.rank > 0, desc="esr")
@@ -305,7 +311,7 @@ def main(args: Args) -> Path:
                 loss.backward()
                 head = common.head_of(student)
                 gap = common.logprob_gap(student_hidden, head, ids, rollouts[part])
-                if step == start and i == 0 and vocabulary.aligned:
+                if step == start and i == 0 and vocabulary.aligned and world.rank == 0:
                     teacher_side = teacher_hidden, common.head_of(teacher)
                     print_alignment(vocabulary, rollouts, (student_hidden, head), teacher_side)
                 totals += [loss.item(), kl.sum().item(), gap.sum().item(), len(kl)]
@@ -317,13 +323,12 @@ def main(args: Args) -> Path:
             run.interrupted,
         )
         num_sampled, num_stopped, num_rollouts, interrupted = counts
-        if step == start:
-            common.check_logprob_gap(gap_sum / num_scored, student.compute_dtype)
 
         # -- Update
         world.sum_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         common.check_finite(step + 1, run, loss=loss_sum, grad_norm=grad_norm)
+        common.check_logprob_gap(step, gap_sum / num_scored, student.compute_dtype)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

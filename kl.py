@@ -1,7 +1,7 @@
 """Exact divergences over the full vocabulary, per token, in chunks. Needs torch and nothing else.
 
 (N, V) logits of 16k tokens and 150k entries are 10 GB in float32, and an autograd pass over them
-holds several such tensors. Here two (chunk, V) blocks exist at a time, each chunk's gradient is
+holds several such tensors. Here a few (chunk, V) blocks exist at a time, each chunk's gradient is
 formed while it is at hand, and nothing is computed twice. Values come back per token, so that a
 method may weigh, clip, gate or mask them as it likes.
 """
@@ -61,7 +61,8 @@ def chunked_divergence(
     Each chunk's gradient is computed in the forward pass, so backward is one multiplication and
     nothing is recomputed. A head that trains needs `weights` (N,), the ones the caller then
     multiplies with: its gradient mixes rows and cannot be rescaled row by row afterwards.
-    Memory: two (chunk_size, V) float32 blocks, 156 MB each at 256 x 151,936, and (N, D_s).
+    Memory on CPU: two (chunk_size, V) float32 blocks, 156 MB each at 256 x 151,936, and (N, D_s).
+    A GPU differentiates a whole chunk at once, and so holds some six blocks more (not measured).
     Raises ValueError when row counts differ or a training head lacks weights. Heads of unequal
     vocabularies need vocab_size=, unless the divergence only reads single entries of each side.
     """

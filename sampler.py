@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from common import Rollout, Stop, base_model, last_line
+from common import Rollout, Stop, base_model, last_line, turn_end_id
 
 
 def repack_tied_head(model: nn.Module) -> None:
@@ -26,10 +26,13 @@ def repack_tied_head(model: nn.Module) -> None:
 
 
 def eos_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Every id that ends a turn: the tokenizer's EOS and those of the model's generation config."""
+    """Every id that ends a turn: the template's, the tokenizer's EOS, the generation config's.
+
+    They differ for base models with a chat template (Qwen2.5-Math: <|im_end|> and <|endoftext|>).
+    """
     listed = base_model(model).generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
-    return sorted({tokenizer.eos_token_id, *listed} - {None})
+    return sorted({turn_end_id(tokenizer), tokenizer.eos_token_id, *listed} - {None})
 
 
 class Sampler:
@@ -63,6 +66,7 @@ class Sampler:
             self._start_vllm(name, memory_fraction, seed)
 
     def _start_vllm(self, name: str, memory_fraction: float, seed: int) -> None:
+        self.lora = None
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engine in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
@@ -75,7 +79,7 @@ class Sampler:
             rank = self.student.peft_config["default"].r
             sizes = (8, 16, 32, 64, 128, 256, 512)  # those that vLLM has kernels for
             options = {"enable_lora": True, "max_loras": 1}
-            options["max_lora_rank"] = next(n for n in sizes if n >= rank)
+            options["max_lora_rank"] = next((n for n in sizes if n >= rank), rank)
         if self.on_gpu:
             options |= {"enable_sleep_mode": True, "gpu_memory_utilization": memory_fraction}
         else:  # a prefill in parts would rewind a seeded generator, which CPU generators cannot
@@ -101,22 +105,29 @@ class Sampler:
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
         """Give vLLM its GPU memory for the block; training has it outside."""
-        if self.backend == "vllm" and self.on_gpu:
-            torch.cuda.empty_cache()
-            self.llm.wake_up()
+        if self.backend == "hf" or not self.on_gpu:
             yield
-            self.llm.sleep(
-                level=1
-            )  # level 1 keeps the weights; level 2 would bring back the base's
-        else:
+            return
+        torch.cuda.empty_cache()
+        self.llm.wake_up()
+        try:
             yield
+        finally:  # level 1 keeps the weights; after level 2 the base's would come back
+            self.llm.sleep(level=1)
 
     def sync(self) -> None:
         """Put the student's present weights into the sampler; must be called awake."""
         if self.backend == "hf":
             return  # it samples from the student itself
         if self.adapters:
-            self.student.save_pretrained(self.adapter_dir.name)
+            from vllm.lora.request import LoRARequest
+
+            where = self.adapter_dir.name
+            self.student.save_pretrained(where, save_embedding_layers=False)
+            self.lora = LoRARequest("student", 1, where)
+            # In place once, here: a request that says load_inplace reads the disk at every token.
+            inplace = LoRARequest("student", 1, where, load_inplace=True)
+            self.llm.llm_engine.add_lora(inplace)
         else:
             weights = merged_weights(self.student)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -144,11 +155,7 @@ class Sampler:
         self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, knobs: dict
     ) -> list[Rollout]:
         from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest
 
-        request = None
-        if self.adapters:  # load_inplace replaces the adapter once, at the first call after a sync
-            request = LoRARequest("student", 1, self.adapter_dir.name, load_inplace=True)
         parameters = [
             SamplingParams(
                 seed=seed,
@@ -162,7 +169,7 @@ class Sampler:
         ]
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         try:
-            outputs = self.llm.generate(inputs, parameters, use_tqdm=False, lora_request=request)
+            outputs = self.llm.generate(inputs, parameters, use_tqdm=False, lora_request=self.lora)
         except Exception as error:  # in process, a dead engine can raise anything
             raise Stop(
                 f"the vLLM engine died ({last_line(error)}); go on from the last checkpoint with "

@@ -3,6 +3,9 @@
 tiny.py trains its models on these examples; nothing here needs torch.
 """
 
+import json
+from typing import Any
+
 import numpy as np
 
 LARGEST = 99  # every number of the task lies in [0, 99]
@@ -261,7 +264,7 @@ def make_example(
 
 
 def draw_example(
-    rng: np.random.Generator, recipe: Recipe, held_out: set[Chain], *, first_half: bool = False
+    rng: np.random.Generator, recipe: Any, held_out: set[Chain], *, first_half: bool = False
 ) -> Example:
     """A random training example of a chain that is not held out."""
     while (chain := make_chain(rng, 3, recipe.longest)) in held_out:

@@ -123,7 +123,7 @@ def test_same_ids_stop_at_an_id_the_teacher_lacks():
 
 def test_nothing_in_common():
     class Fake:
-        eos_token_id, all_special_ids = 0, ()
+        eos_token_id, chat_template, added_tokens_decoder = 0, None, {}
 
         def __init__(self, words):
             self.words = words

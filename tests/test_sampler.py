@@ -168,6 +168,44 @@ def test_vllm_follows_the_student_and_never_touches_it(lora_rank, adapters):
 
 
 @needs_vllm
+def test_an_adapter_is_read_once_a_sync_and_not_at_every_token(monkeypatch):
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    calls, load = [], WorkerLoRAManager._load_adapter
+
+    def counted(self, *args):
+        calls.append(args)
+        return load(self, *args)
+
+    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", counted)
+    _, made, prompts = make("vllm", adapters=True)
+    for expected in (1, 2):
+        made.sync()
+        made.sample(prompts, [1, 2, 3], **KNOBS)
+        assert len(calls) == expected
+
+
+def test_on_a_gpu_the_engine_wakes_syncs_samples_and_sleeps_even_after_an_error():
+    _, made, _ = make("hf")
+    order = []
+
+    class Engine:
+        def __getattr__(self, name):
+            return lambda *_, **kwargs: order.append((name, *kwargs.values())) or True
+
+    made.backend, made.on_gpu, made.llm, made.adapters = "vllm", True, Engine(), False
+    made.student.config.tie_word_embeddings = False
+    with made.awake():
+        made.sync()
+    names = [name for name, *_ in order]
+    assert names == ["wake_up", "collective_rpc", "reset_prefix_cache", "sleep"]
+    assert order[-1] == ("sleep", 1)  # level 2 would bring back the base weights
+    with pytest.raises(ZeroDivisionError), made.awake():
+        raise ZeroDivisionError
+    assert order[-1] == ("sleep", 1)
+
+
+@needs_vllm
 def test_a_dead_engine_stops_with_a_sentence(monkeypatch):
     _, made, prompts = make("vllm")
     from vllm.v1.engine.exceptions import EngineDeadError
