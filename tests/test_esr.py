@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -202,10 +203,12 @@ def test_resume_continues_the_same_stream_bit_for_bit(tmp_path):
     assert all(torch.equal(final[k], again[k]) for k in final)
 
 
-@pytest.mark.parametrize("prompts", [5, 1])
-def test_two_ranks_give_the_gradient_of_one_process(tmp_path, prompts):
-    """gloo on 2 CPU ranks: an odd number of problems, and a rank that has none."""
-    flags = QUICK | {"prompts_per_step": prompts, "max_new_tokens": 30}
+@pytest.mark.parametrize(("prompts", "sampler"), [(5, "hf"), (1, "hf"), (5, "vllm")])
+def test_two_ranks_give_the_gradient_of_one_process(tmp_path, prompts, sampler):
+    """gloo on 2 CPU ranks: an odd number of problems, a rank that has none, an engine a rank."""
+    if sampler == "vllm" and not find_spec("vllm"):
+        pytest.skip("vLLM is not installed")
+    flags = QUICK | {"prompts_per_step": prompts, "max_new_tokens": 20, "sampler": sampler}
     one = esr.main(esr.Args(**flags, run_dir=str(tmp_path / "one")))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "esr.py"]
     command += [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
