@@ -1,8 +1,7 @@
 """What the method scripts share and no paper would argue about.
 
 1 runs and ranks, 2 models, 3 problems and prompts, 4 batches, 5 grading, 6 step-0 checks; beside it
-kl.py (full-vocabulary divergences), sampler.py (vLLM) and align.py (two tokenizers). Copy the
-function you need. An error that a user can mend is a `Stop`: one sentence, exit code 2.
+kl.py (full-vocabulary divergences), sampler.py (vLLM) and align.py (two tokenizers).
 """
 
 import contextlib
@@ -260,6 +259,8 @@ def timed(times: dict[str, float], key: str) -> Iterator[None]:
 # ---- 2. Models ----------------------------------------------------------------------------------
 def load_tokenizer(name: str) -> Any:
     """The model's own fast tokenizer. Stops when there is none, or no chat template."""
+    if not Path(name).exists() and len(Path(name).parts) > 1 and Path(name).parent.is_dir():
+        raise Stop(f"no model at {name!r}, though {Path(name).parent} is a directory here.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -302,14 +303,14 @@ def load_student(
     these models have no dropout, so nothing else depends on the mode.
     """
     model = load_model(name, dtype=dtype, device=device, trainable=not lora_rank)
+    if device == "cpu" and model.num_parameters() < 1e7:
+        torch.set_num_threads(1)  # more would wait for each other longer than they work
     if checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
     if lora_rank:
-        compute_dtype = model.compute_dtype
         lora = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear")
         lora.task_type = "CAUSAL_LM"
-        model = peft.get_peft_model(model, lora)
-        model.compute_dtype = compute_dtype
+        model = peft.get_peft_model(model, lora)  # reads the base's attributes, compute_dtype too
     return model
 
 
@@ -409,10 +410,9 @@ def turn_end_id(tokenizer: Any) -> int:
 
 def chat_prompt_ids(tokenizer: Any, prompt: str, *, thinking: bool = False) -> list[int]:
     """Ids of one user turn in the tokenizer's own template, ready for the assistant to speak."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
-        enable_thinking=thinking,
-    )  # fmt: skip
+    turn = [{"role": "user", "content": prompt}]
+    ask = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    text = tokenizer.apply_chat_template(turn, **ask)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 

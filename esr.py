@@ -250,11 +250,13 @@ def main(args: Args) -> Path:
             # -- Evaluate: before the update, so that step 0 is the untrained student
             due = step % args.save_every == 0 or step == args.steps
             if benchmark and due and step not in {row["step"] for row in run.read("eval")}:
+                bar.set_description(f"evaluating {len(benchmark)} problems x {args.eval_n}")
                 metrics, samples = evaluate(
                     sampler, tokenizer, benchmark, n=args.eval_n,
                     max_new_tokens=args.eval_max_new_tokens, seed=args.seed,
                     thinking=args.thinking, world=world, prompt_template=PROMPT, **knobs,
                 )  # fmt: skip
+                bar.set_description("esr")
                 run.log_evaluation(step, args.benchmark, metrics, samples)
             if step == args.steps:
                 break

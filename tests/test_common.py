@@ -129,6 +129,9 @@ def test_no_such_model_and_no_chat_template(tmp_path):
         common.load_tokenizer(str(tmp_path / "nothing"))
     with pytest.raises(Stop, match="2"):
         common.load_model(str(tmp_path / "nothing"), dtype="auto", device="cpu")
+    with pytest.raises(Stop) as stop:  # a typing error in a local path never asks the hub
+        common.load_tokenizer("tiny/studnet")
+    assert "tiny is a directory here" in stop.value.sentence
     tokenizer = common.load_tokenizer(STUDENT)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "plain")

@@ -87,7 +87,7 @@ def commands():
                 yield pytest.param(line, id=f"{document}: {line[:60]}")
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", list(commands()))
 def test_every_documented_command_parses(command):
     script, *arguments = shlex.split(command)
     module = importlib.import_module(script.removesuffix(".py"))
