@@ -3,9 +3,9 @@ r"""PW-OPSD: Position-Weighted On-Policy Self-Distillation: the model teaches it
 Paper: "When Are Teacher Tokens Reliable?", arXiv:2605.21606; code: SaFo-Lab/PW-OPSD @35303e0.
 
 There is no second model: the student with its LoRA switched off, and with a reference solution in
-its prompt, scores what the student wrote without one. Such a teacher is least reliable early, where
-it already steers towards a solution the student may not take; so a token's weight grows with its
-relative position. A clip on each vocabulary entry keeps a few stylistic ones from ruling the loss.
+its prompt, scores what the student wrote without one. The paper finds its uncertainty harmless late
+and real early (analysis/branch_viability.py), so a token's weight grows with its position. A clip
+on each vocabulary entry keeps a few entries from ruling the loss.
 
     for each step:
         x, s ~ problems with solutions;  y ~ student(. | x)
@@ -195,9 +195,8 @@ def check(args: Args) -> None:
     """Stop on arguments that cannot mean anything, before anything is loaded."""
     common.check_ranges(args)
     if isinstance(args.schedule, str) and args.schedule not in SCHEDULES:
-        raise common.Stop(
-            f"--schedule {args.schedule}: give {', '.join(SCHEDULES)} or w_min tau s."
-        )
+        names = ", ".join(SCHEDULES)
+        raise common.Stop(f"--schedule {args.schedule}: give {names} or w_min tau s.")
     w_min, _, s = SCHEDULES.get(args.schedule, args.schedule)
     if not 0 <= w_min <= 1 or not s > 0:
         raise common.Stop(f"--schedule: w_min {w_min} must lie in [0, 1] and s {s} above 0.")
@@ -344,8 +343,9 @@ def main(args: Args) -> Path:
                 )  # fmt: skip  # (N,) nats
                 loss = (weights * token_loss).sum()
                 loss.backward()
-                gap = common.logprob_gap(student_hidden, student_head, ids, rollouts[part])
-                sums = (loss, token_loss.sum(), kl.sum(), rule.sum(), gap.sum())
+                head = common.head_of(student)
+                gap = common.logprob_gap(student_hidden, head, ids, rollouts[part])
+                sums = loss, token_loss.sum(), kl.sum(), rule.sum(), gap.sum()
                 totals += [*(x.item() for x in sums), len(kl)]
         loss_sum, token_loss_sum, kl_sum, rule_sum, gap_sum, num_scored, *counts = world.sum(
             *totals,
