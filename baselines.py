@@ -13,6 +13,12 @@ import common
 from common import Rollout
 
 EOPD_ENTROPY = 0.8  # nats, above which EOPD adds its forward KL [2603.07079]
+IGNORED = {  # flags of pw_opsd.py that a method has no use for
+    "pw_opsd": (),
+    "opsd": ("schedule", "weights", "reduction"),
+    "eopd": ("clip", "schedule", "weights", "reduction"),
+    "reopold": ("clip", "schedule", "weights", "reduction"),
+}
 REOPOLD_LAMBDA = 0.1  # relaxation: the reward's floor is ln(0.1) / 0.9 = -2.56 [2603.11137]
 
 
@@ -85,8 +91,8 @@ def reopold_choose(
     student: nn.Module, teacher: nn.Module, rollouts: list[Rollout], views: list[Rollout],
     world: common.World, *, vocab_size: int, temperature: float, micro_batch: int,
     second_phase: bool,
-) -> None:  # fmt: skip
-    """Unmark the tokens that REOPOLD leaves out, in place; a pass of its own over the step."""
+) -> list[Tensor]:  # fmt: skip
+    """`reopold_mask` of each rollout's supervised tokens; two forward passes over the step."""
     stats = torch.zeros(2, 0)
     for i in range(0, len(rollouts), micro_batch):
         part = slice(i, i + micro_batch)
@@ -100,7 +106,5 @@ def reopold_choose(
         )  # fmt: skip
         stats = torch.cat([stats, torch.stack(more).cpu()], 1)
     step_entropy = torch.tensor(world.gather(stats[1].tolist()))
-    kept = iter(reopold_mask(*stats, step_entropy, second_phase=second_phase).tolist())
-    for rollout, view in zip(rollouts, views, strict=True):
-        rollout.supervised = [flag and next(kept) for flag in rollout.supervised]
-        view.supervised = rollout.supervised[: len(view.completion_ids)]
+    kept = reopold_mask(*stats, step_entropy, second_phase=second_phase)
+    return list(kept.float().split([sum(r.supervised) for r in rollouts]))

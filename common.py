@@ -173,8 +173,8 @@ def fit_solutions(
 ) -> tuple[list[Problem], int, int]:  # fmt: skip
     """(problems whose prompt render(problem) takes at most `room` tokens, how many cut, left out).
 
-    A solution that is too long loses its tail; a problem is never cut, and is left out when it does
-    not fit even alone. Stops when none is left.
+    A solution that is too long loses its tail; a problem is never cut, and is left out when nothing
+    of its solution fits. Stops when none is left.
     """
     fitting, cut = [], 0
     template = len(chat_prompt_ids(tokenizer, "", thinking=thinking)) + 8
@@ -188,8 +188,9 @@ def fit_solutions(
             excess := len(chat_prompt_ids(tokenizer, render(fitted), thinking=thinking)) - room
         ) > 0 and ids:
             ids = ids[: max(0, len(ids) - excess)]
-            fitted = dataclasses.replace(problem, solution=tokenizer.decode(ids))
-        if excess <= 0:
+            text = tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")
+            fitted = dataclasses.replace(problem, solution=text)
+        if excess <= 0 and fitted.solution.strip():
             fitting.append(fitted)
             cut += fitted is not problem
     if not fitting:
@@ -222,7 +223,12 @@ def turn_end_id(tokenizer: Any) -> int:
 
 
 def fill(template: str, **values: str) -> str:
-    """`template` with each {name} of `values` replaced, in one pass: braces in a value stay."""
+    """`template` with each {name} of `values` replaced, in one pass: braces in a value stay.
+
+    Raises ValueError on a value that is None: a prompt must not lose a part without a word.
+    """
+    if None in values.values():
+        raise ValueError(f"nothing to put into the prompt for one of {[*values]}")
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
 
 
@@ -418,12 +424,13 @@ def check_first_batch(
     if batch.input_ids[batch.completion_mask].tolist() != sampled:
         raise Stop("step-0 check: the trained token ids are not the sampled ids; please report it.")
     for side, (model, batch) in models.items():
+        mode = as_teacher(model) if side == "teacher" else contextlib.nullcontext()
         row = batch.completion_mask.any(1).int().argmax()  # one rollout: whole logits are large
         one = Batch(*(t[row : row + 1] for t in vars(batch).values()))
         keep = one.completion_mask[0, 1:].nonzero()[:64, 0]  # positions that predict
-        hidden, head = completion_hidden(model, one)[: len(keep)], head_of(model)
-        ids = one.input_ids[0, keep + 1]
-        with autocast(model, ids.device):
+        ids, head = one.input_ids[0, keep + 1], head_of(model)
+        with mode, autocast(model, ids.device):
+            hidden = completion_hidden(model, one)[: len(keep)]
             logits = model(
                 input_ids=one.input_ids, attention_mask=one.attention_mask, logits_to_keep=keep
             ).logits[0]

@@ -24,8 +24,8 @@ Run it:
 
 Differences from the paper:
 1. 100 of the schedule's 150 steps are run: the paper trains 150 and evaluates checkpoint 100.
-2. REOPOLD's entropy quantile is taken over the whole step's tokens; the released code takes it over
-   a micro-batch, which makes a memory flag part of the objective. That costs a forward pass more.
+2. Token means (opsd, eopd) and REOPOLD's entropy quantile are over the whole step; the released
+   code takes them over a micro-batch, so that a memory flag is part of its objective.
 3. No padding between prompt and completion, which shifts positions in the released collator.
 """
 
@@ -109,7 +109,7 @@ TEACHER_PROMPT = (  # [code: data_collator.py], its doubled line breaks too
     "behind each step — do not copy or paraphrase it. Now, using your own words and independent "
     "reasoning, derive the same final answer to the problem above. Think step by step, explore "
     "different approaches, and don't be afraid to backtrack or reconsider if something doesn't "
-    "work out:\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    "work out:" + BOXED
 )
 SCHEDULES = {  # w_min, tau, s; mean weights
     "moderate": (0.25, 0.30, 0.10),  # 0.77 [code: README]
@@ -184,7 +184,7 @@ def divergence(
         gate = common.entropy(teacher_logprobs) > baselines.EOPD_ENTROPY
         return eopd_loss(*pair, ids), kl, gate
     if method == "reopold":
-        reward, _ = baselines.reopold_statistics(*pair, ids)
+        reward = (teacher_logprobs - student_logprobs.detach()).gather(1, ids[:, None])[:, 0]
         return reopold_loss(*pair, ids), kl, reward < baselines.reopold_floor()
     loss = clipped_forward_kl(*pair, clip)
     return loss, kl, loss != kl  # the same sum, unless an entry was clamped
@@ -195,24 +195,24 @@ def check(args: Args) -> None:
     """Stop on arguments that cannot mean anything, before anything is loaded."""
     common.check_ranges(args)
     if isinstance(args.schedule, str) and args.schedule not in SCHEDULES:
-        names = ", ".join(SCHEDULES)
-        raise common.Stop(f"--schedule {args.schedule}: give {names} or w_min tau s.")
+        raise common.Stop(f"--schedule {args.schedule}: use {', '.join(SCHEDULES)} or w_min tau s.")
     w_min, _, s = SCHEDULES.get(args.schedule, args.schedule)
     if not 0 <= w_min <= 1 or not s > 0:
         raise common.Stop(f"--schedule: w_min {w_min} must lie in [0, 1] and s {s} above 0.")
     if not args.clip > 0:
         raise common.Stop(f"--clip {args.clip} must be above 0; inf turns it off.")
-    if args.method != "pw_opsd" and (args.weights, args.reduction) != ("auto", "auto"):
-        raise common.Stop("--weights and --reduction are pw_opsd's; the baselines fix both.")
+    for flag in baselines.IGNORED[args.method] + ("schedule",) * (args.weights == "uniform"):
+        if getattr(args, flag) != Args.__dataclass_fields__[flag].default:
+            raise common.Stop(
+                f"--{flag} does nothing with this --method and --weights: leave it out."
+            )
     if not args.lora_rank and not args.teacher:
         raise common.Stop(
             "--lora-rank 0 changes the only copy of the model, which is also the fixed teacher: "
             f"hold a second copy in memory with --teacher {args.student}, or train LoRA."
         )
     if args.steps > args.decay_steps:
-        raise common.Stop(
-            f"--steps {args.steps}: raise --decay-steps, the learning rate would be 0."
-        )
+        raise common.Stop(f"--steps {args.steps} would end at a rate of 0: raise --decay-steps.")
     if args.temperature == 0:
         raise common.Stop("--temperature must be above 0: the divergence divides by it.")
 
@@ -256,7 +256,7 @@ def main(args: Args) -> Path:
     teacher_chat = partial(common.chat_prompt_ids, thinking=args.teacher_thinking)
     room = min(args.max_length, *map(common.context_of, (student, teacher))) - args.max_new_tokens
     problems, num_cut, num_left_out = common.fit_solutions(
-        problems, teacher_prompt, tokenizer, room, thinking=args.teacher_thinking
+        problems, teacher_prompt, teacher_tokenizer, room, thinking=args.teacher_thinking
     )
     used = common.problems_for_step(problems, 0, args.steps * args.prompts_per_step, args.seed)
     context = partial(common.context_needed, thinking=args.student_thinking)
@@ -274,8 +274,8 @@ def main(args: Args) -> Path:
     start = run.begin(student, optimizer)  # 0, or the step of the checkpoint to go on from
     if world.rank == 0:
         prompts = student_prompt(used[0]), teacher_prompt(used[0])
-        prompts = chat(tokenizer, prompts[0]), teacher_chat(tokenizer, prompts[1])
-        common.print_setup(tokenizer, tokenizer, prompts)
+        prompts = chat(tokenizer, prompts[0]), teacher_chat(teacher_tokenizer, prompts[1])
+        common.print_setup(tokenizer, teacher_tokenizer, prompts)
         print(f"{room} tokens of prompt: {num_cut} solutions cut, {num_left_out} problems left out")
 
     knobs = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
@@ -304,23 +304,23 @@ def main(args: Args) -> Path:
                     max_new_tokens=args.max_new_tokens,
                     **knobs,
                 )
-        prompts = [teacher_chat(tokenizer, teacher_prompt(todo[n])) for n, _ in jobs]
-        views = teacher_rollouts(rollouts, prompts, vocabulary, tokenizer)
+        prompts = [teacher_chat(teacher_tokenizer, teacher_prompt(todo[n])) for n, _ in jobs]
+        views = teacher_rollouts(rollouts, prompts, vocabulary, teacher_tokenizer)
 
         # -- Score and learn: the normalisers are the whole step's, so micro_batch is memory only
-        (num_tokens,) = world.sum(sum(sum(r.supervised) for r in rollouts))
-        if num_tokens == 0:
+        kept = [torch.ones(sum(r.supervised)) for r in rollouts]  # 0 on what REOPOLD leaves out
+        if not any(world.sum(sum(map(len, kept)))):
             raise common.Stop(f"step {step}: the rollouts hold no token that can be supervised.")
         totals = np.zeros(6)  # loss, token loss, kl, rule, log-prob gap, scored tokens: all sums
         with common.timed(times, "time/train_s"):
             if args.method == "reopold":
-                baselines.reopold_choose(
+                kept = baselines.reopold_choose(
                     student, teacher, rollouts, views, world, vocab_size=vocabulary.size,
                     temperature=args.temperature, micro_batch=args.micro_batch,
                     second_phase=step >= args.steps // 2,  # 50 of 100 [code]
                 )  # fmt: skip
             num_tokens, num_rows = world.sum(
-                sum(sum(r.supervised) for r in rollouts), sum(any(r.supervised) for r in rollouts)
+                sum(k.sum().item() for k in kept), sum(len(k) > 0 for k in kept)
             )
             for i in range(0, len(rollouts), args.micro_batch):
                 part = slice(i, i + args.micro_batch)
@@ -329,14 +329,15 @@ def main(args: Args) -> Path:
                 )  # hidden: (N, D)
                 if step == start and i == 0:
                     sides = {"student": (student, batch), "teacher": (teacher, view)}
-                    common.check_first_batch(sides, rollouts[part], common.forward_kl)
+                    clipped = partial(clipped_forward_kl, clip=args.clip)
+                    common.check_first_batch(sides, rollouts[part], clipped)
                 student_head = common.head_of(student, vocabulary.size)
                 teacher_head = common.head_of(teacher, vocabulary.size)
                 mask, ids = batch.completion_mask, batch.input_ids[batch.completion_mask]  # (N,)
                 weights = token_weights(
-                    mask, num_tokens=num_tokens, num_rows=num_rows, reduction=reduction,
+                    mask, num_tokens=max(1, num_tokens), num_rows=num_rows, reduction=reduction,
                     schedule=schedule,
-                )[mask]  # fmt: skip  # (N,)
+                )[mask] * torch.cat(kept[part]).to(world.device)  # fmt: skip  # (N,)
                 token_loss, kl, rule = common.chunked_divergence(
                     objective, student_hidden, student_head, teacher_hidden, teacher_head,
                     weights=weights, rows=(ids,), temperature=args.temperature,
@@ -355,7 +356,6 @@ def main(args: Args) -> Path:
             run.interrupted,
         )
         num_sampled, num_stopped, num_rollouts, interrupted = counts
-        num_scored = max(num_scored, 1)  # REOPOLD may leave a step no token
 
         # -- Update
         for group in optimizer.param_groups:

@@ -137,35 +137,40 @@ class Sampler:
             raise Stop("vLLM refused to reset its prefix cache; rollouts would be stale.")
 
     def sample(
-        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int,
+        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int | list[int],
         temperature: float, top_p: float = 1.0, top_k: int = 0,
     ) -> list[Rollout]:  # fmt: skip
-        """One rollout per (prompt, seed). temperature 0 is greedy; top_k 0 is off."""
+        """One rollout per (prompt, seed), with one cap for all or one for each.
+
+        temperature 0 is greedy; top_k 0 is off.
+        """
+        one = isinstance(max_new_tokens, int)
+        caps = [max_new_tokens] * len(prompts) if one else max_new_tokens
         knobs = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         if self.backend == "vllm":
-            return self._sample_vllm(prompts, seeds, max_new_tokens, knobs)
+            return self._sample_vllm(prompts, seeds, caps, knobs)
         rollouts: list[Rollout] = []
         rows = max(1, 2**17 // self.max_len)  # bounds the KV cache
         for i in range(0, len(prompts), rows):
             part = slice(i, i + rows)
-            rollouts += self._sample_hf(prompts[part], seeds[part], max_new_tokens, knobs)
+            rollouts += self._sample_hf(prompts[part], seeds[part], caps[part], knobs)
         return rollouts
 
     def _sample_vllm(
-        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, knobs: dict
+        self, prompts: list[list[int]], seeds: list[int], caps: list[int], knobs: dict
     ) -> list[Rollout]:
         from vllm import SamplingParams
 
         parameters = [
             SamplingParams(
                 seed=seed,
-                max_tokens=max_new_tokens,
+                max_tokens=cap,
                 logprobs=0,
                 detokenize=False,
                 stop_token_ids=self.eos_ids,
                 **knobs,
             )
-            for seed in seeds
+            for seed, cap in zip(seeds, caps, strict=True)
         ]
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         try:
@@ -184,7 +189,7 @@ class Sampler:
 
     @torch.no_grad()
     def _sample_hf(
-        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, knobs: dict
+        self, prompts: list[list[int]], seeds: list[int], caps: list[int], knobs: dict
     ) -> list[Rollout]:
         device = next(self.student.parameters()).device
         longest = max(map(len, prompts))
@@ -201,7 +206,7 @@ class Sampler:
             with torch.autocast(device.type, model.compute_dtype, enabled=device.type == "cuda"):
                 output = model.generate(
                     input_ids=input_ids.to(device), attention_mask=mask.to(device),
-                    max_new_tokens=max_new_tokens, logits_processor=[draw],
+                    max_new_tokens=max(caps), logits_processor=[draw],
                 )  # fmt: skip
         finally:
             model.generation_config = model_defaults
@@ -209,6 +214,7 @@ class Sampler:
         rollouts = []
         logprobs = torch.stack(draw.logprobs, 1).tolist()
         for row, ids in enumerate(output[:, longest:].tolist()):
+            ids = ids[: caps[row]]
             ended = next((n for n, i in enumerate(ids) if i in self.eos_ids), None)
             length = len(ids) if ended is None else ended + 1
             reason = "length" if ended is None else "stop"

@@ -26,11 +26,13 @@ same command goes on after a stop. Figures and table.json are made again each ti
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,13 +49,12 @@ from kl import Head, entropy, every_logprob
 from pw_opsd import EVAL_PROMPT
 from sampler import Sampler
 
-TEACHER_PROMPT = (  # [Appendix A]
+TEACHER_PROMPT = (  # [Appendix A; how its last sentence boxes the answer: ours]
     "You are a privileged teacher. Solve the problem and end your solution with the correct boxed "
     "answer.\nProblem: {problem}\nPrivileged ground-truth final answer: {answer}\nUse the "
     "ground-truth answer above. Produce a complete step-by-step solution that ends with "
     "\\boxed{{answer}}."
 )
-THINK_TAGS = ("<think>", "</think>")
 SCORES = ("position", "truncated_entropy", "predictive_entropy", "mutual_information", "precision")
 
 
@@ -64,7 +65,7 @@ class Args:
     out: str  # directory of this diagnostic; an existing one is continued
     count: int = 100  # first problems of the benchmark [ours]
     thinking: bool = True  # enable_thinking in both templates [paper]
-    max_new_tokens: int = 32768  # cap of a spine and of spine + continuation, tokens [ours]
+    max_new_tokens: int = 32768  # cap of a spine, and of spine + child + continuation [ours]
     max_model_len: int = 40960  # prompt + completion; the model's context if less [ours]
     fallback_temperature: float = 0.6  # where greedy does not end [ours]
     top_p: float = 0.95  # of the fallback and of continuations [ours]
@@ -127,12 +128,12 @@ def spines(args: Args, models: "Models", problems: list[Problem], rows: Rows) ->
     for i in range(0, len(todo), args.batch):
         part = todo[i : i + args.batch]
         prompts = [student_ids(args, models.tokenizer, p) for p in part]
-        drawn = models.sample(prompts, [0] * len(part), 0.0, 1.0)
+        caps = [args.max_new_tokens] * len(part)
+        drawn = models.sample(prompts, [0] * len(part), caps, {"temperature": 0.0})
         again = [n for n, r in enumerate(drawn) if r.finish_reason != "stop"]
         seeds = [common.request_seed(args.seed, "spine", part[n].id) for n in again]
-        retried = models.sample(
-            [prompts[n] for n in again], seeds, args.fallback_temperature, args.top_p
-        )
+        fallback = {"temperature": args.fallback_temperature, "top_p": args.top_p}
+        retried = models.sample([prompts[n] for n in again], seeds, caps[: len(again)], fallback)
         for n, rollout in zip(again, retried, strict=True):
             drawn[n] = rollout
         for n, (problem, r) in enumerate(zip(part, drawn, strict=True)):
@@ -146,7 +147,7 @@ def spines(args: Args, models: "Models", problems: list[Problem], rows: Rows) ->
 def truncated_entropy(logprobs: Tensor, valid: Tensor, k: int, children: int) -> tuple[Tensor, ...]:
     """(n, V), (V,) bool -> entropy (n,) nats of the k best valid tokens, renormalised; the ids and
     full-vocabulary probabilities of the `children` best of them, (n, children) each."""
-    top, ids = logprobs.masked_fill(~valid, -torch.inf).topk(k)  # (n, k)
+    top, ids = logprobs.masked_fill(~valid, -torch.inf).topk(min(k, int(valid.sum())))  # (n, k)
     return entropy(top.log_softmax(-1)), ids[:, :children], top[:, :children].exp()
 
 
@@ -163,8 +164,10 @@ def teacher_entropies(args: Args, models: "Models", problems: list[Problem], a: 
             )
             for h in hidden.split(256)
         ]
-        nats, ids, probs = (torch.cat(x).tolist() for x in zip(*parts, strict=True))
-        b.add({"id": problem.id, "entropy": nats, "child_ids": ids, "child_probs": probs})
+        nats, ids, probs = (torch.cat(x) for x in zip(*parts, strict=True))
+        nats, probs = ((x.double() * 1e6).round() / 1e6 for x in (nats, probs))  # half the file
+        b.add({"id": problem.id, "entropy": nats.tolist(), "child_ids": ids.tolist(),
+               "child_probs": probs.tolist()})  # fmt: skip
 
 
 def choose(
@@ -223,8 +226,8 @@ def dropout_scores(samples: Iterator[Tensor]) -> dict[str, Tensor]:
     """From (n, V) log-probs of M >= 2 passes, one at a time: three scores, (n,) each.
 
     H(mean p); mutual information H(mean p) - mean H(p_m), nats; Dirichlet precision alpha_0 by
-    moment matching, (sum_v mean(1 - mean) - sum_v var) / sum_v var with the sample variance, so it
-    may be negative [Appendix B]. Two (n, V) sums are all that is held.
+    moment matching, (sum_v mean(1 - mean) - sum_v var) / sum_v var [Appendix B]. It "may be
+    negative" there, hence the sample variance [ours]. Two (n, V) sums are all that is held.
     """
     total, squares, entropies, m = 0.0, 0.0, 0.0, 0
     for logprobs in samples:
@@ -275,16 +278,19 @@ def continuations(
         drawn = models.sample(
             [prompt + prefix for prefix in prefixes],
             [common.request_seed(args.seed, "branch", problem.id, *job) for job in jobs],
-            args.temperature, args.top_p,
-        )  # fmt: skip
+            [max(1, args.max_new_tokens - len(prefix)) for prefix in prefixes],
+            {"temperature": args.temperature, "top_p": args.top_p},
+        )
         right: list[dict[int, list[bool]]] = [{} for _ in where]
         for (n, child, _), prefix, r in zip(jobs, prefixes, drawn, strict=True):
             ids = prefix + r.completion_ids
             text = models.tokenizer.decode(ids, skip_special_tokens=True)
             right[n].setdefault(child, []).append(bool(grade(problem, text)[1]))
-        cut = sum(r.finish_reason != "stop" for r in drawn)
+        cut = [0] * len(where)  # continuations that ran out of room; they count as failures
+        for (n, _, _), r in zip(jobs, drawn, strict=True):
+            cut[n] += r.finish_reason != "stop"
         viability = [[sum(x) / len(x) for x in found.values()] for found in right]
-        e.add({"id": problem.id, "viability": viability, "drawn": len(drawn), "cut": cut})
+        e.add({"id": problem.id, "viability": viability, "cut": cut})
 
 
 def label(viability: list[float], theta_hi: float, theta_lo: float, theta_mean: float) -> str:
@@ -295,21 +301,21 @@ def label(viability: list[float], theta_hi: float, theta_lo: float, theta_mean: 
     return "real_uncertain" if hopeless and np.mean(viability) <= theta_mean else "gray"
 
 
-def labelled(args: Args, a: Rows, c: Rows, d: Rows, e: Rows) -> list[dict]:
-    """One row per candidate of a correct spine: problem, t, label, viability and the scores."""
+def labelled(args: Args, problems: list[Problem], c: Rows, d: Rows, e: Rows) -> list[dict]:
+    """One row per candidate of `problems`: problem, t, label, viability and the scores, each such
+    that a real-uncertain position is expected to have more of it."""
     rows = []
-    for key, row in c.rows.items():
-        for n, found in enumerate(row["candidates"] if a.rows[key]["correct"] else []):
+    for key, row in ((p.id, c.rows[p.id]) for p in problems):
+        for n, found in enumerate(row["candidates"]):
             viability = e.rows[key]["viability"][n]
             kind = label(viability, args.theta_hi, args.theta_lo, args.theta_mean)
             alpha = max(d.rows[key]["precision"][n], args.precision_floor)
-            rows.append({
-                "problem": key, "t": found["t"], "relative": found["t"] / row["length"],
-                "label": kind, "viability": viability, "position": 1 - found["t"] / row["length"],
-                "truncated_entropy": found["truncated_entropy"], "precision": -float(np.log(alpha)),
-                "predictive_entropy": d.rows[key]["predictive_entropy"][n],
-                "mutual_information": d.rows[key]["mutual_information"][n],
-            })  # fmt: skip
+            relative = found["t"] / row["length"]
+            scores = {name: d.rows[key][name][n] for name in SCORES[2:4]}
+            scores |= {"position": 1 - relative, "truncated_entropy": found["truncated_entropy"]}
+            rows.append({"problem": key, "t": found["t"], "relative": relative, "label": kind,
+                         "viability": viability, "cut": e.rows[key]["cut"][n],
+                         "precision": -float(np.log(alpha)), **scores})  # fmt: skip
     return rows
 
 
@@ -373,7 +379,9 @@ def report(args: Args, rows: list[dict], out: Path) -> dict:
     }
     table: dict[str, Any] = {"candidates": len(rows), **counts}
     table["problems"] = len({row["problem"] for row in rows})
+    table["cut"] = {k: sum(r["cut"] for r in rows if r["label"] == k) for k in counts}
     print(f"{table['problems']} correct spines with candidates, positions: {counts}")
+    print(f"continuations cut for length, counted as failures: {table['cut']}")
     if not (counts["real_uncertain"] and counts["diversity"]):
         print("only one kind of position: no score can be judged; more problems are needed.")
     positive = np.array([row["label"] == "real_uncertain" for row in kept], dtype=bool)
@@ -382,8 +390,10 @@ def report(args: Args, rows: list[dict], out: Path) -> dict:
         score = np.array([row[name] for row in kept])
         table[name] = s = cluster_bootstrap(positive, score, cluster, args.resamples, args.seed)
         (a, b), (c, d) = s["auroc_interval"], s["auprc_interval"]
-        print(f"{name:20} AUROC {s['auroc']:.3f} [{a:.3f}, {b:.3f}]   "
-              f"AUPRC {s['auprc']:.3f} [{c:.3f}, {d:.3f}]")  # fmt: skip
+        cells = (
+            f"AUROC {s['auroc']:.3f} [{a:.3f}, {b:.3f}]   AUPRC {s['auprc']:.3f} [{c:.3f}, {d:.3f}]"
+        )
+        print(f"{name:20} {cells}   {s['undefined']} resamples undefined")
     (out / "table.json").write_text(json.dumps(table, indent=1))
     if rows:
         draw(rows, out)
@@ -451,10 +461,10 @@ class Models:
     def valid(self) -> Tensor:
         """(V,) bool: ids that spell visible text; not special, blank or part of a character."""
         keep = torch.zeros(len(self.head.weight), dtype=torch.bool)
-        special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
-        ids = [i for i in range(min(len(self.tokenizer), len(keep))) if i not in special]
+        added = self.tokenizer.added_tokens_decoder  # <tool_call> is not "special" to all of them
+        ids = [i for i in range(min(len(self.tokenizer), len(keep))) if i not in added]
         for i, text in zip(ids, self.tokenizer.batch_decode([[i] for i in ids]), strict=True):
-            keep[i] = bool(text.strip()) and "\ufffd" not in text and text not in THINK_TAGS
+            keep[i] = bool(text.strip()) and "\ufffd" not in text
         return keep.to(self.device)
 
     def hidden(self, prompt: list[int], row: dict) -> Tensor:
@@ -463,17 +473,14 @@ class Models:
         return common.completion_hidden(self.model, common.collate([rollout], self.device))
 
     def sample(
-        self, prompts: list[list[int]], seeds: list[int], temperature: float, top_p: float
+        self, prompts: list[list[int]], seeds: list[int], caps: list[int], knobs: dict[str, float]
     ) -> list[Rollout]:
-        """One rollout a prompt, capped so that the longest one stays within the model's length."""
+        """One rollout a prompt, each with its own cap and never beyond the model's length."""
         if not prompts:
             return []
-        room = self.max_len - max(map(len, prompts))
+        caps = [min(cap, self.max_len - len(p)) for cap, p in zip(caps, prompts, strict=True)]
         with self.sampler.awake():
-            return self.sampler.sample(
-                prompts, seeds, max_new_tokens=min(self.args.max_new_tokens, room),
-                temperature=temperature, top_p=top_p,
-            )  # fmt: skip
+            return self.sampler.sample(prompts, seeds, max_new_tokens=caps, **knobs)
 
 
 def check(args: Args, problems: list[Problem]) -> None:
@@ -483,13 +490,23 @@ def check(args: Args, problems: list[Problem]) -> None:
     for name, bound in least.items():
         if getattr(args, name) < bound:
             raise Stop(f"--{name.replace('_', '-')} must be at least {bound}.")
+    common.check_ranges(args)
+    if not args.temperature > 0 or not args.fallback_temperature > 0:
+        raise Stop(
+            "--temperature and --fallback-temperature must be above 0: greedy has no spread."
+        )
+    if find_spec("matplotlib") is None:
+        raise Stop("the figures need matplotlib: pip install matplotlib.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise Stop("one process only, not torchrun; on several GPUs split the benchmark.")
     if not 0 < args.dropout < 1 or args.entropy_top_k < args.children:
         raise Stop("--dropout must lie between 0 and 1, --entropy-top-k be at least --children.")
     if len({p.id for p in problems}) < len(problems):
         raise Stop(f"{args.benchmark!r} has two problems with the same id; give each its own.")
     config = Path(args.out, "config.json")
     old = json.loads(config.read_text())["args"] if config.exists() else None
-    free = {"batch", "sampler", "memory_fraction", "device", "resamples"}
+    free = {"batch", "sampler", "memory_fraction", "device", "resamples", "count"}
+    free |= {"theta_hi", "theta_lo", "theta_mean", "precision_floor"}  # F and G are always redone
     changed = [k for k, v in vars(args).items() if old and k not in free and old.get(k) != v]
     if changed:
         raise Stop(f"{args.out} was begun with other {', '.join(changed)}; choose another --out.")
@@ -522,7 +539,7 @@ def main(args: Args) -> dict:
     print(f"C: {sum(len(r['candidates']) for r in c.rows.values())} candidates", flush=True)
     uncertainties(args, models, problems, a, c, d)
     continuations(args, models, problems, a, c, e)
-    rows = labelled(args, a, c, d, e)
+    rows = labelled(args, problems, c, d, e)
     (out / "F.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return report(args, rows, out)
 

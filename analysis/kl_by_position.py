@@ -4,7 +4,7 @@ Both students write their own rollouts on the same problems with the same seeds;
 the tokens that fall into it. With --teacher it is the reverse KL by absolute position [2605.27028
 Sec. 5: late positions fall untrained]. Without, the student with its LoRA off and the solution in
 its prompt teaches, as in pw_opsd.py: forward KL, what the clip leaves of it, and that times the
-moderate schedule's weight, by relative position, with the share of clamped tokens.
+schedule's weight, by relative position, with the share of clamped tokens.
 
     python analysis/kl_by_position.py --student tiny/student --teacher tiny/teacher \
         --adapter runs/X/checkpoints/step_000060 --problems tiny/test.jsonl --out kl.json
@@ -45,7 +45,10 @@ class Args:
     edges: tuple[int, ...] = (0, 8, 16, 32, 64)  # bins of positions, with --teacher [ours]
     bins: int = 5  # equal bins of relative position, without --teacher [ours]
     clip: float = 0.05  # pw_opsd's, without --teacher [2605.21606 code]
-    temperature: float = 0.7  # of sampling; without --teacher 1.1, of both [papers]
+    schedule: tuple[float, float, float] = (0.25, 0.3, 0.1)  # likewise [2605.21606 code]
+    temperature: float = (
+        0.0  # of sampling, and of pw_opsd's divergence; 0: 0.7, pw_opsd 1.1 [papers]
+    )
     seed: int = 0  # of sampling [ours]
     sampler: Literal["auto", "vllm", "hf"] = "hf"  # [ours]
     device: str = "auto"  # [ours]
@@ -58,9 +61,9 @@ def measure(student: Any, teacher: Any, tokenizers: tuple, problems: list, args:
     pw_opsd, "clipped", "weighted" and "clamped" (0 or 1); (N,) each."""
     tokenizer, teacher_tokenizer = tokenizers
     method, privileged = (pw_opsd, True) if not args.teacher else (esr, False)
-    knobs = {"temperature": args.temperature}
+    knobs = {"temperature": args.temperature or 0.7}
     if privileged:
-        knobs = {"temperature": 1.1, "top_p": 0.95, "top_k": 20}
+        knobs = {"temperature": args.temperature or 1.1, "top_p": 0.95, "top_k": 20}
     vocabulary = match_vocabularies(tokenizer, teacher_tokenizer)
     ask, teach = (partial(common.chat_prompt_ids, t) for t in tokenizers)
     prompts = [ask(method.student_prompt(p)) for p in problems]
@@ -87,13 +90,12 @@ def measure(student: Any, teacher: Any, tokenizers: tuple, problems: list, args:
             rows=(batch.input_ids[batch.completion_mask],) if privileged else (),
             temperature=knobs["temperature"] if privileged else 1.0,
         )  # fmt: skip
-        length = len(rollout.completion_ids)
+        length = sum(rollout.supervised)
         at = np.flatnonzero(rollout.supervised)
         row = {"at": at, "f": (at + 0.5) / length}
         if privileged:
             clipped, kl, clamped = (v.float().cpu().numpy() for v in values)
-            schedule = pw_opsd.SCHEDULES["moderate"]
-            weights = pw_opsd.position_weights(torch.tensor([length]), *schedule)[0].numpy()
+            weights = pw_opsd.position_weights(torch.tensor([length]), *args.schedule)[0].numpy()
             row |= {"kl": kl, "clipped": clipped, "weighted": weights * clipped}
             rows.append(row | {"clamped": clamped})
         else:
@@ -108,6 +110,8 @@ def main(args: Args) -> None:
     tokenizers = tuple(
         common.load_tokenizer(n) for n in (args.student, args.teacher or args.student)
     )
+    if not args.teacher:
+        common.require_solutions(problems, args.problems)
     load = partial(common.load_model, dtype=args.dtype, device=args.device)
     student = load(args.student)
     teacher = load(args.teacher) if args.teacher else student

@@ -3,8 +3,10 @@
 Run: python -m pytest tests/test_branch_viability.py
 """
 
+import contextlib
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -68,7 +70,7 @@ def planted(rng, *, shuffled):
         for t, bad in zip(where, rng.permutation(fails) if shuffled else fails, strict=True):
             viability = [0.0, 0.25] if bad else [1.0, 0.75]
             rows.append({
-                "problem": problem, "t": int(1000 * t), "relative": t, "position": 1 - t,
+                "cut": 0, "problem": problem, "t": int(1000 * t), "relative": t, "position": 1 - t,
                 "label": bv.label(viability, 0.5, 0.5, 0.25), "viability": viability,
                 "truncated_entropy": rng.random() + problem, "predictive_entropy": rng.random(),
                 "mutual_information": rng.random(), "precision": rng.random(),
@@ -120,6 +122,88 @@ def test_candidates_keep_their_distance_and_the_highest_entropies():
     assert bv.choose(nats, [2] * 6, fine, 2, 9) == [1, 3, 5]
     assert bv.choose(nats, [2] * 6, fine, 1, 2) == [1, 5]
     assert bv.choose(nats, [2, 1, 2, 2, 2, 2], [True] * 5 + [False], 1, 2) == [2, 4]
+
+
+def rows_of(tmp_path, phase, *content):
+    rows = bv.Rows(tmp_path, phase)
+    for row in content:
+        rows.add(row)
+    return rows
+
+
+def test_candidates_end_at_the_thought_and_are_visible_text(tmp_path):
+    tokenizer = common.load_tokenizer("tiny/student")
+    end = tokenizer.convert_tokens_to_ids("</think>")
+    blank, call = tokenizer("\n").input_ids[0], tokenizer.convert_tokens_to_ids("<tool_call>")
+    digits = tokenizer("4567").input_ids
+    args = bv.Args(model="tiny/student", benchmark="", out="", spacing=1, device="cpu")
+    models = bv.Models(args)
+    spine = [digits[0], blank, call, digits[1], end, digits[2]]
+    a = rows_of(tmp_path, "A", {"id": "x", "spine": spine})
+    two, one = [digits[:2], [0.5, 0.05]], [digits[:2], [0.9, 0.04]]
+    each = [two, two, two, one, two, two]
+    b = rows_of(tmp_path, "B", {
+        "id": "x", "entropy": [1.0] * 6,
+        "child_ids": [c[0] for c in each], "child_probs": [c[1] for c in each],
+    })  # fmt: skip
+    c = bv.Rows(tmp_path, "C")
+    bv.candidates(args, models, a, b, c)
+    # 1 is blank, 2 a special token, 3 has one plausible child, 4 and 5 are not before </think>
+    assert [found["t"] for found in c.rows["x"]["candidates"]] == [0]
+    assert c.rows["x"]["length"] == 6
+    assert not models.valid[tokenizer.eos_token_id]
+
+
+def test_teacher_entropies_are_a_plain_forward_pass_with_the_answer_in_the_prompt(tmp_path):
+    args = bv.Args(model="tiny/student", benchmark="", out="", device="cpu", entropy_top_k=5)
+    models, problem = bv.Models(args), common.Problem("x", "Start with 5. Add 3.", "8")
+    spine = models.tokenizer("5 + 3 = 8\n").input_ids
+    a, b = rows_of(tmp_path, "A", {"id": "x", "spine": spine}), bv.Rows(tmp_path, "B")
+    bv.teacher_entropies(args, models, [problem], a, b)
+    text = common.fill(bv.TEACHER_PROMPT, problem=problem.prompt, answer="8")
+    assert "final answer: 8\n" in text
+    assert text.endswith("\\boxed{8}.")
+    prompt = common.chat_prompt_ids(models.tokenizer, text, thinking=True)
+    with torch.no_grad():
+        logits = models.model(torch.tensor([prompt + spine])).logits[0, len(prompt) - 1 : -1]
+    logits[:, ~models.valid] = -torch.inf
+    top = logits.topk(5).values.softmax(-1)
+    expected = -(top * top.log()).sum(-1)
+    assert b.rows["x"]["entropy"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_rows_to_judge_by_hand(tmp_path):
+    args = bv.Args(model="", benchmark="", out="")
+    found = [{"t": 2, "truncated_entropy": 0.7, "children": [1, 2]},
+             {"t": 6, "truncated_entropy": 0.1, "children": [3, 4]}]  # fmt: skip
+    c = rows_of(tmp_path, "C", {"id": "x", "length": 8, "candidates": found},
+                {"id": "wrong", "length": 8, "candidates": found})  # fmt: skip
+    scores = {"predictive_entropy": [0.5, 0.6], "mutual_information": [0.1, 0.2]}
+    d = rows_of(tmp_path, "D", {"id": "x", "precision": [-3.0, 20.0]} | scores)
+    viability = {"viability": [[0.0, 0.0], [1.0, 0.75]], "cut": [3, 0]}
+    e = rows_of(tmp_path, "E", {"id": "x"} | viability)
+    first, second = bv.labelled(args, [common.Problem("x", "", "")], c, d, e)
+    assert first == {
+        "problem": "x", "t": 2, "relative": 0.25, "label": "real_uncertain",
+        "viability": [0.0, 0.0], "cut": 3, "position": 0.75, "truncated_entropy": 0.7,
+        "precision": pytest.approx(-np.log(1e-6)), "predictive_entropy": 0.5,
+        "mutual_information": 0.1,
+    }  # fmt: skip
+    assert second["label"] == "diversity"
+    assert second["precision"] == pytest.approx(-np.log(20))
+
+
+def test_each_branch_has_its_own_room(tmp_path, monkeypatch):
+    """A late branch of a long spine must not shorten an early one."""
+    seen = []
+    models = bv.Models(arguments(tmp_path, max_new_tokens=50, sampler="hf"))
+    sampler = types.SimpleNamespace(
+        awake=contextlib.nullcontext, sample=lambda *_, **k: seen.append(k["max_new_tokens"])
+    )
+    monkeypatch.setattr(bv.Models, "sampler", sampler)
+    monkeypatch.setattr(bv.Models, "max_len", 100)
+    models.sample([[1] * 10, [1] * 80], [0, 0], [50, 40], {})
+    assert seen == [[50, 20]]
 
 
 def test_dropout_scores_by_hand():
@@ -209,6 +293,8 @@ def test_children_are_forced_under_the_students_template(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"temperature": 0.0}, "must be above 0: greedy has no spread"),
+        ({"top_p": 0.0}, "--top-p 0.0 must lie above 0"),
         ({"dropout_samples": 1}, "--dropout-samples must be at least 2"),
         ({"dropout": 1.0}, "--dropout must lie between 0 and 1"),
         ({"entropy_top_k": 2}, "--entropy-top-k be at least --children"),
@@ -226,5 +312,8 @@ def test_bad_input(tmp_path, changes, sentence):
 def test_another_configuration_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"args": vars(arguments(tmp_path))}))
     with pytest.raises(Stop) as stop:
-        bv.main(arguments(tmp_path, dropout=0.2, temperature=1.0))
-    assert "begun with other dropout, temperature" in stop.value.sentence
+        bv.main(arguments(tmp_path, dropout=0.2, temperature=1.0, count=9, theta_hi=0.7))
+    sentence = stop.value.sentence  # count and the thetas may change: E and before stay as they are
+    assert (
+        "begun with other temperature, dropout;" in sentence or "dropout, temperature" in sentence
+    )

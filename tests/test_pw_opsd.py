@@ -187,6 +187,47 @@ def test_prompts_are_the_released_ones():
     assert text.endswith("something doesn't work out:\n\n" + pw_opsd.BOXED.strip())
 
 
+def test_the_loss_of_a_step_is_the_formula_on_plain_logits(tmp_path, monkeypatch):
+    """Dense, unpadded, in float64, with transformers alone: prompts, shift, T, clip and weights."""
+    import transformers
+
+    seen, draw = [], pw_opsd.make_rollouts
+    monkeypatch.setattr(
+        pw_opsd, "make_rollouts", lambda *a, **k: [seen.append((r := draw(*a, **k), k)), r][1]
+    )
+    (row,) = metrics(run(tmp_path, prompts_per_step=3, max_new_tokens=42, clip=0.3))
+    ((rollouts, knobs),) = seen
+    assert {k: knobs[k] for k in ("temperature", "top_p", "top_k")} == {
+        "temperature": 1.1, "top_p": 0.95, "top_k": 20,
+    }  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained("tiny/student").double()
+    tokenizer = common.load_tokenizer("tiny/student")
+    problems = common.problems_for_step(common.load_problems("tiny/train.jsonl"), 0, 3, 0)
+    loss, kls = 0.0, []
+    for problem, r in zip(problems, rollouts, strict=True):
+        sides = []
+        for text, thinking in (
+            (pw_opsd.student_prompt(problem), False),
+            (pw_opsd.teacher_prompt(problem), True),
+        ):
+            turn = [{"role": "user", "content": text}]
+            ask = {"add_generation_prompt": True, "enable_thinking": thinking, "tokenize": False}
+            start = tokenizer(tokenizer.apply_chat_template(turn, **ask)).input_ids
+            with torch.no_grad():
+                logits = model(torch.tensor([start + r.completion_ids])).logits[0].numpy()
+            sides.append(log_softmax(logits[len(start) - 1 : -1] / 1.1))
+        p, q = sides
+        terms = np.exp(q) * (q - p)
+        length = len(r.completion_ids)
+        f = (np.arange(length) + 0.5) / length
+        w = 0.25 + 0.75 / (1 + np.exp(-(f - 0.3) / 0.1))
+        loss += (w * np.minimum(terms, 0.3).sum(1)).mean() / 3
+        kls += list(terms.sum(1))
+    assert row["loss"] == pytest.approx(loss, rel=1e-4)
+    assert row["kl/mean"] == pytest.approx(np.mean(kls), rel=1e-4)
+    assert 0 < row["rule_frac"] < 1
+
+
 # ---- identities, end to end
 def test_w_min_1_with_token_mean_is_opsd(tmp_path):
     cell = {"schedule": (1.0, 0.3, 0.1), "reduction": "token"}
@@ -247,11 +288,13 @@ def test_memory_flags_never_change_the_objective(tmp_path, method):
 def test_reopold_trains_a_fifth_of_the_tokens_in_its_second_phase(tmp_path):
     rows = metrics(run(tmp_path, method="reopold", steps=2))
     shares = [row["tokens/supervised"] / row["tokens/sampled"] for row in rows]
+    plain = metrics(run(tmp_path, "plain", method="opsd"))[0]
+    assert rows[0]["kl/mean"] == pytest.approx(plain["kl/mean"], rel=1e-5)  # of every token
     assert shares[0] > 0.9
     assert shares[1] == pytest.approx(0.2, abs=0.01)
 
 
-def test_reopold_without_a_token_makes_no_update(tmp_path, monkeypatch):
+def test_reopold_without_a_token_has_no_gradient(tmp_path, monkeypatch):
     nothing = lambda reward, *_, **__: torch.zeros_like(reward, dtype=torch.bool)  # noqa: E731
     monkeypatch.setattr(baselines, "reopold_mask", nothing)
     (row,) = metrics(run(tmp_path, method="reopold"))
@@ -260,7 +303,7 @@ def test_reopold_without_a_token_makes_no_update(tmp_path, monkeypatch):
 
 def test_two_ranks_give_the_gradient_of_one_process(tmp_path):
     for method in ("pw_opsd", "reopold"):
-        flags = QUICK | {"method": method, "prompts_per_step": 5, "max_new_tokens": 42}
+        flags = QUICK | {"method": method, "prompts_per_step": 9, "max_new_tokens": 42, "seed": 1}
         one = pw_opsd.main(pw_opsd.Args(**flags, run_dir=str(tmp_path / f"one_{method}")))
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
         command += ["pw_opsd.py", f"--run-dir={tmp_path / method}"]
@@ -307,6 +350,7 @@ def test_evaluation_has_its_own_prompt_and_sampling(tmp_path, monkeypatch):
 def test_solutions_are_cut_problems_never_and_both_are_counted():
     tokenizer = common.load_tokenizer("tiny/student")
     fits = Problem("a", "1 + 1", "2", "2")
+    bare = Problem("d", "1 + 1", "2", "2")
     long = Problem("b", "1 + 1", "2", "first " + "7 " * 300)
     huge = Problem("c", "9 " * 400, "2", "2")
     room = 220
@@ -323,6 +367,14 @@ def test_solutions_are_cut_problems_never_and_both_are_counted():
     with pytest.raises(Stop) as stop:
         common.fit_solutions([huge], render, tokenizer, room, thinking=True)
     assert "no problem fits into 220 tokens" in stop.value.sentence
+    empty = common.chat_prompt_ids(tokenizer, render(Problem("e", "1 + 1", "2", "")), thinking=True)
+    with pytest.raises(Stop):  # room for the prompt, but for nothing of the solution
+        common.fit_solutions([bare], render, tokenizer, len(empty), thinking=True)
+
+
+def test_a_prompt_never_loses_a_part_without_a_word():
+    with pytest.raises(ValueError, match="nothing to put into the prompt"):
+        pw_opsd.teacher_prompt(Problem("0", "1 + 1", "2", None))
 
 
 def test_a_long_solution_is_cut_in_a_run_and_said(tmp_path, capsys):
@@ -351,7 +403,9 @@ def dataset(tmp_path, *solutions):
         ({"schedule": (0.25, 0.3, 0.0)}, "s 0.0 above 0"),
         ({"clip": 0.0}, "--clip 0.0 must be above 0"),
         ({"clip": math.nan}, "--clip nan must be above 0"),
-        ({"method": "opsd", "weights": "position"}, "the baselines fix both"),
+        ({"method": "opsd", "weights": "position"}, "--weights does nothing with this --method"),
+        ({"method": "eopd", "clip": 0.2}, "--clip does nothing with this --method"),
+        ({"weights": "uniform", "schedule": "mild"}, "--schedule does nothing"),
         ({"lora_rank": 0}, "hold a second copy in memory with --teacher tiny/student"),
         ({"teacher": "tiny/teacher_other"}, "must have the student's own tokenizer"),
         ({"steps": 9, "decay_steps": 8}, "raise --decay-steps"),
@@ -359,7 +413,7 @@ def dataset(tmp_path, *solutions):
         ({"eval_top_p": 0.0}, "--eval-top-p 0.0 must lie above 0"),
         ({"top_k": -1}, "--top-k -1 must be at least 0"),
         ({"max_length": 60}, "no problem fits into 36 tokens"),
-        ({"schedule": "fast"}, "give moderate, mild, sharp, aggressive or w_min tau s"),
+        ({"schedule": "fast"}, "use moderate, mild, sharp, aggressive or w_min tau s"),
         ({"teacher": "nowhere/model"}, "nowhere/model"),
     ],
 )

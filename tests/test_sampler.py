@@ -78,6 +78,20 @@ def test_hf_log_probs_ends_and_lengths():
         assert not set(r.completion_ids[:-1]) & set(hf.eos_ids)
 
 
+@pytest.mark.parametrize("backend", ["hf", "vllm"])
+def test_each_rollout_may_have_its_own_cap(backend):
+    if backend == "vllm" and not find_spec("vllm"):
+        pytest.skip("vLLM is not installed")
+    _, sampler, prompts = make(backend)
+    sampler.sync()
+    whole = sampler.sample(prompts, [1, 2, 3], max_new_tokens=12, temperature=1.0)
+    own = sampler.sample(prompts, [1, 2, 3], max_new_tokens=[12, 1, 7], temperature=1.0)
+    assert [r.completion_ids for r in own] == [
+        r.completion_ids[:cap] for r, cap in zip(whole, [12, 1, 7], strict=True)
+    ]
+    assert [(r.finish_reason, len(r.logprobs)) for r in own[1:]] == [("length", 1), ("length", 7)]
+
+
 def test_draws_follow_the_distribution_and_the_knobs():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     scores = logits.expand(20_000, 4)
