@@ -51,6 +51,7 @@ class Args:
     top_k: int = 0  # 0 is off [ours]
     max_new_tokens: int = 2048  # cap in tokens [ours: 2605.27028's 90th percentile is 1,800]
     thinking: bool = False  # enable_thinking in the chat template [ours]
+    prompt: str = "esr"  # the script that trained: esr or pw_opsd; or a text with {problem} [ours]
     seeds: tuple[int, ...] = (0, 1, 2)  # one whole evaluation each [2605.21606 code: three seeds]
     # run
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # vLLM where it is installed [ours]
@@ -138,6 +139,7 @@ def hub_rows(hub: str, split: str) -> list[dict]:
 
 # ---- 3. Prompt and grading: what another kind of benchmark replaces ------------------------------
 PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+PROMPTS = {"esr": PROMPT, "pw_opsd": PROMPT.replace("\n", "\n\n")}  # of the training scripts
 
 
 def math_prompt(problem: Problem, template: str = PROMPT) -> str:
@@ -237,7 +239,7 @@ def paired_bootstrap(
 def evaluate(
     sampler: Any, tokenizer: Any, problems: list[Problem], *, n: int, max_new_tokens: int,
     temperature: float, top_p: float, seed: int, top_k: int = 0, thinking: bool = False,
-    world: common.World | None = None, prompt_template: str | None = None,
+    world: common.World | None = None, prompt: str = PROMPT,
 ) -> tuple[dict[str, float], list[dict]]:  # fmt: skip
     """Sample every problem n times and score: (metrics, one row per completion, problem order).
 
@@ -249,9 +251,8 @@ def evaluate(
         raise Stop("an evaluation needs at least one problem and one sample of each.")
     rank, size = (world.rank, world.size) if world else (0, 1)
     jobs = [(i, s) for i in range(rank, len(problems), size) for s in range(n)]
-    template = PROMPT if prompt_template is None else prompt_template
     prompts = {
-        i: common.chat_prompt_ids(tokenizer, math_prompt(problems[i], template), thinking=thinking)
+        i: common.chat_prompt_ids(tokenizer, math_prompt(problems[i], prompt), thinking=thinking)
         for i in range(rank, len(problems), size)
     }
     rollouts = sampler.sample(
@@ -305,7 +306,7 @@ class Exam:
         metrics, samples = evaluate(
             sampler, tokenizer, self.problems, n=self.n, max_new_tokens=self.max_new_tokens,
             temperature=self.temperature, top_p=self.top_p, seed=self.seed,
-            thinking=self.thinking, world=run.world, prompt_template=self.template,
+            thinking=self.thinking, world=run.world, prompt=self.template,
         )  # fmt: skip
         run.log_evaluation(step, self.benchmark, metrics, samples)
 
@@ -319,6 +320,8 @@ def check(args: Args) -> None:
             raise Stop(f"--{name.replace('_', '-')} must be at least {least}.")
     if not 0 < args.top_p <= 1:
         raise Stop("--top-p must be above 0 and at most 1.")
+    if "{problem}" not in PROMPTS.get(args.prompt, args.prompt):
+        raise Stop(f"--prompt {args.prompt}: give {', '.join(PROMPTS)} or a text with {{problem}}.")
     names = [short_name(name) for name in args.benchmark]
     for flag, values in (("--benchmark", names), ("--seeds", args.seeds)):
         if not values or len(set(values)) < len(values):
@@ -434,11 +437,13 @@ def main(args: Args) -> Path:
     out, samples_out = output_paths(args, list(problems))
     names = ("n", "temperature", "top_p", "top_k", "max_new_tokens", "thinking")
     knobs = {name: getattr(args, name) for name in names}
-    others = load_other(args.against, knobs | {"prompt": PROMPT}, problems) if args.against else {}
+    knobs["prompt"] = PROMPTS.get(args.prompt, args.prompt)
+    others = load_other(args.against, knobs, problems) if args.against else {}
     tokenizer = common.load_tokenizer(args.model)
     model = load_evaluated(args, world.device)
     max_len = common.context_needed(
-        model, tokenizer, [math_prompt(p) for rows in problems.values() for p in rows],
+        model, tokenizer,
+        [math_prompt(p, knobs["prompt"]) for rows in problems.values() for p in rows],
         args.max_new_tokens, "--max-new-tokens", thinking=args.thinking,
     )  # fmt: skip
     sampler = Sampler(
@@ -466,7 +471,7 @@ def main(args: Args) -> Path:
     # -- Write and print
     if world.rank == 0:
         record = {"model": args.model, "adapter": args.adapter or None, "argv": sys.argv}
-        record |= {"knobs": knobs | {"prompt": PROMPT}, "seeds": args.seeds, "limit": args.limit}
+        record |= {"knobs": knobs, "seeds": args.seeds, "limit": args.limit}
         record |= {"sampler": sampler.backend, "dtype": str(model.compute_dtype)}
         record |= {"device": world.device, "world_size": world.size, "against": args.against}
         record |= {"seconds": round(time.time() - start, 1), **common.environment()}

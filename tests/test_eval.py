@@ -210,7 +210,7 @@ def test_evaluate_prompts() -> None:
     instruction = "Please reason step by step, and put your final answer within \\boxed{}."
     assert sampler.texts[0] == f"p0\n{instruction}<answer>"
     evaluation.evaluate(
-        sampler, Letters(), PROBLEMS, **KNOBS, thinking=True, prompt_template="{problem} {x}?"
+        sampler, Letters(), PROBLEMS, **KNOBS, thinking=True, prompt="{problem} {x}?"
     )
     assert sampler.texts[0] == "p0 {x}?<think>"  # braces other than {problem} are text
 

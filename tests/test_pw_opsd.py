@@ -333,6 +333,12 @@ def test_the_learning_rate_falls_linearly_and_resume_goes_on(tmp_path):
     assert all(torch.equal(final[k], again[k]) for k in final)
 
 
+def test_eval_py_has_the_scripts_prompts():
+    import esr
+
+    assert evaluation.PROMPTS == {"esr": esr.PROMPT, "pw_opsd": pw_opsd.EVAL_PROMPT}
+
+
 def test_evaluation_has_its_own_prompt_and_sampling(tmp_path, monkeypatch):
     test = tmp_path / "one.jsonl"
     test.write_text(json.dumps({"problem": "Start with 5. Add 3.", "answer": "8"}) + "\n")
@@ -343,7 +349,7 @@ def test_evaluation_has_its_own_prompt_and_sampling(tmp_path, monkeypatch):
     run(tmp_path, **exam)
     assert seen[0]["thinking"] is True
     assert (seen[0]["temperature"], seen[0]["top_p"]) == (1.0, 0.95)
-    assert seen[0]["prompt_template"].startswith("{problem}\n\nPlease")
+    assert seen[0]["prompt"].startswith("{problem}\n\nPlease")
 
 
 # ---- solutions that are too long
