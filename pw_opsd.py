@@ -151,10 +151,8 @@ def token_weights(
     completion_mask: Tensor, *, num_tokens: int, num_rows: int, reduction: str,
     schedule: tuple[float, float, float],
 ) -> Tensor:  # fmt: skip
-    """(B, T) bool -> (B, T): w / num_tokens ("token") or w / (L num_rows) ("sequence"), else 0.
-
-    num_tokens and num_rows (of rollouts with L > 0) are the whole step's.
-    """
+    """(B, T) bool -> (B, T): w / num_tokens ("token") or w / (L num_rows) ("sequence"), else 0;
+    num_tokens and num_rows (of rollouts with L > 0) are the whole step's."""
     lengths = completion_mask.sum(1)  # (B,)
     w = position_weights(lengths, *schedule)  # (B, max L)
     w = w / num_tokens if reduction == "token" else w / (lengths[:, None].clamp_min(1) * num_rows)
@@ -166,8 +164,9 @@ def token_weights(
 def clipped_forward_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, clip: float) -> Tensor:
     """sum_v min(q(v) [log q(v) - log p(v)], clip): (n, V), (n, V) -> (n,) nats.
 
-    Each vocabulary entry is clamped from above before the sum, so a token's loss can be negative,
-    and a clamped entry has no gradient [code: opsd_trainer.py].
+    Each vocabulary entry is clamped from above before the sum [code: opsd_trainer.py], so a token's
+    loss can be negative. A clamped entry pulls no more: where it is the teacher's own choice, the
+    other entries push it down through the softmax (README: clip 0.05 in the tiny world).
     """
     terms = teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)  # (n, V)
     return terms.clamp(max=clip).sum(-1)

@@ -101,6 +101,18 @@ def test_clipped_forward_kl_by_hand():
     assert pw_opsd.clipped_forward_kl(p, q, math.inf).item() == pytest.approx(0.36806, abs=1e-4)
 
 
+def test_a_clamped_choice_of_the_teacher_is_pushed_down():
+    """q = (.9, .1), p = (.2, .8): what the docstring warns of, and what no clip does instead."""
+    teacher = torch.tensor([[0.9, 0.1]]).log()
+    down = {}
+    for clip in (0.05, math.inf):
+        logits = torch.tensor([[0.2, 0.8]]).log().requires_grad_()
+        pw_opsd.clipped_forward_kl(logits.log_softmax(-1), teacher, clip).sum().backward()
+        down[clip] = logits.grad[0, 0].item()
+    assert down[0.05] == pytest.approx(0.2 * 0.1)  # p(v) times the unclamped teacher mass
+    assert down[math.inf] == pytest.approx(0.2 - 0.9)
+
+
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("threshold", [0.8, 1.7, math.inf])
 def test_eopd_loss(pair, old, threshold):
