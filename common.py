@@ -119,14 +119,12 @@ class Problem:
     prompt: str
     answer: str
     solution: str | None = None
+    kind: str = "math"  # which of benchmarks.py's graders judges it
+    row: dict | None = None  # the data set's own columns, for kinds that need more (tests, tools)
 
 
-def load_problems(name: str, split: str = "train", config: str | None = None) -> list[Problem]:
-    """Read a local .jsonl or .parquet file, or a hub dataset.
-
-    Columns: problem (or prompt, question), answer, solution. Without an answer column the
-    solution's last boxed answer counts (NuminaMath); GSM8K's "#### 18" is understood.
-    """
+def load_rows(name: str, split: str = "train", config: str | None = None) -> Any:
+    """Rows (dicts) of a local .jsonl or .parquet file, or of a hub dataset. Stops when empty."""
     try:
         if name.endswith(".jsonl"):
             with open(name) as file:  # splitlines() would also split at U+2028 inside a string
@@ -140,6 +138,16 @@ def load_problems(name: str, split: str = "train", config: str | None = None) ->
         raise Stop(f"cannot read the dataset {name!r} ({last_line(error)}).") from error
     if not len(rows):
         raise Stop(f"the dataset {name!r} is empty.")
+    return rows
+
+
+def load_problems(name: str, split: str = "train", config: str | None = None) -> list[Problem]:
+    """Read a local .jsonl or .parquet file, or a hub dataset.
+
+    Columns: problem (or prompt, question), answer, solution. Without an answer column the
+    solution's last boxed answer counts (NuminaMath); GSM8K's "#### 18" is understood.
+    """
+    rows = load_rows(name, split, config)
     column = next((c for c in ("problem", "prompt", "question") if c in rows[0]), None)
     if column is None:
         raise Stop(f"{name!r} has no problem, prompt or question column, only {[*rows[0]]}.")
@@ -232,15 +240,18 @@ def fill(template: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
 
 
-def chat_prompt_ids(tokenizer: Any, prompt: str, *, thinking: bool = False) -> list[int]:
-    """Ids of one user turn in the tokenizer's own template, ready for the assistant to speak.
+def chat_prompt_ids(
+    tokenizer: Any, prompt: str | list[dict], *, thinking: bool = False, tools: Any = None
+) -> list[int]:
+    """Ids of one user turn, or of a whole chat, in the tokenizer's own template, ready for the
+    assistant to speak. `tools` are JSON schemas for templates that show them.
 
     A template that always opens a <think> block (DeepSeek-R1 distils, Olmo 3) has it closed again
     where `thinking` is off [2605.21606 code: data_collator.py].
     """
-    turn = [{"role": "user", "content": prompt}]
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     ask = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
-    text = tokenizer.apply_chat_template(turn, **ask)
+    text = tokenizer.apply_chat_template(chat, tools=tools, **ask)
     if not thinking and text.rstrip().endswith("<think>"):
         text += "</think>\n\n"
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -384,12 +395,9 @@ def context_of(model: nn.Module) -> int:
     return base_model(model).config.get_text_config().max_position_embeddings
 
 
-def context_needed(
-    model: nn.Module, tokenizer: Any, prompts: Iterable[str], new: int, flag: str, *, thinking=False
-) -> int:
-    """Longest rendered prompt + `new` tokens; stops when the model has no room for that many."""
-    lengths = (len(chat_prompt_ids(tokenizer, p, thinking=thinking)) for p in prompts)
-    longest = max(lengths, default=0)
+def context_needed(model: nn.Module, prompts: Iterable[list[int]], new: int, flag: str) -> int:
+    """Longest prompt (token ids) + `new` tokens; stops when the model has no room for that many."""
+    longest = max(map(len, prompts), default=0)
     if longest + new > context_of(model):
         raise Stop(
             f"the longest prompt ({longest} tokens) and {flag} {new} exceed the context of "

@@ -204,10 +204,11 @@ def main(args: Args) -> Path:
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)  # [ours]
     chat = partial(common.chat_prompt_ids, thinking=args.thinking)
     used = common.problems_for_step(problems, 0, args.steps * args.prompts_per_step, args.seed)
-    context, new = partial(common.context_needed, thinking=args.thinking), args.max_new_tokens
-    context(teacher, teacher_tokenizer, map(teacher_prompt, used), new, "--max-new-tokens")
+    asked = [chat(tokenizer, student_prompt(problem)) for problem in used]
+    heard = [chat(teacher_tokenizer, teacher_prompt(problem)) for problem in used]
+    common.context_needed(teacher, heard, args.max_new_tokens, "--max-new-tokens")
     max_len = max(
-        context(student, tokenizer, map(student_prompt, used), new, "--max-new-tokens"),
+        common.context_needed(student, asked, args.max_new_tokens, "--max-new-tokens"),
         exam.context(student, tokenizer),
     )
     sampler = Sampler(
@@ -221,9 +222,7 @@ def main(args: Args) -> Path:
     teacher_head = common.head_of(teacher, None if sampled else vocabulary.teacher_ids)
     start = run.begin(student, optimizer)  # 0, or the step of the checkpoint to go on from
     if world.rank == 0:
-        prompts = student_prompt(used[0]), teacher_prompt(used[0])
-        prompts = chat(tokenizer, prompts[0]), chat(teacher_tokenizer, prompts[1])
-        common.print_setup(tokenizer, teacher_tokenizer, prompts)
+        common.print_setup(tokenizer, teacher_tokenizer, (asked[0], heard[0]))
 
     knobs = {"temperature": args.temperature, "top_p": args.top_p}  # of sampling
     bar = tqdm(total=args.steps, initial=start, disable=world.rank > 0, desc="esr")

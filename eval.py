@@ -1,17 +1,19 @@
-r"""Scores a model on math benchmarks: avg@n, pass@k, maj@n, lengths; tests one run against another.
+r"""Scores a model on benchmarks: avg@n, pass@k, maj@n, lengths; compares one run with another.
 
-Every problem is sampled n times per seed. The last \boxed{...} of a completion is its answer, and
-math-verify compares it with the reference, as the code of 2605.21606 does. The table gives mean and
-sample std (ddof 1) over seeds and a 95 % bootstrap interval over problems; --against adds the
-difference to an earlier result file, problems paired: an interval that holds 0 separates nothing.
+Every problem is sampled n times per seed and judged by its kind (benchmarks.py): math by its boxed
+answer, function calls by BFCL's rules. The table gives mean and sample std (ddof 1) over seeds and
+a 95 % bootstrap interval over problems; --against adds the difference to an earlier result file,
+problems paired: an interval that holds 0 separates nothing. A killed evaluation with --out goes on
+when the same command is given again, and gives the same numbers.
 
     python eval.py --model Qwen/Qwen3-1.7B --adapter runs/X/checkpoints/step_000200 \
-        --benchmark math500 aime24 --n 4 --seeds 0 1 2          # 1 GPU
+        --benchmark math500 aime24 --protocol esr               # 1 GPU
     python eval.py --model tiny/student --benchmark tiny/test.jsonl \
         --max-new-tokens 128 --seeds 0 --sampler hf             # laptop CPU, a minute
+    python eval.py --compare evals/a.json evals/b.json          # intervals, sign test, figures
 
-Benchmarks: a short name of `KNOWN`, its hub id, or a local .jsonl or .parquet file with problem and
-answer columns. The training scripts import `evaluate` and `load_benchmark`.
+Benchmarks: a short name of benchmarks.KNOWN, its hub id, or a local .jsonl or .parquet file. The
+training scripts use `Exam`.
 """
 
 import hashlib
@@ -20,8 +22,8 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +33,9 @@ import tyro
 from torch import nn
 
 import common
+from benchmarks import KINDS, PROMPT, chat_ids, grade, load_benchmark, same_answer, short_name
 from common import Problem, Stop
+from compare import compare
 from sampler import Sampler
 
 
@@ -39,127 +43,43 @@ from sampler import Sampler
 @dataclass
 class Args:
     # what is scored
-    model: str  # local directory or hub id
-    benchmark: tuple[str, ...]  # known names, hub ids of them, .jsonl or .parquet files
+    model: str = ""  # local directory or hub id [ours: needed unless --compare]
+    benchmark: tuple[str, ...] = ()  # known names, hub ids of them, .jsonl or .parquet files [ours]
+    compare: tuple[str, ...] = ()  # two result files: compare them and do nothing else [ours]
     adapter: str = ""  # PEFT directory on top of the model; empty: the model itself [ours]
     limit: int = 0  # first K problems of each benchmark; 0: all [ours]
     against: str = ""  # result file of another model to compare with [ours]
     # sampling
+    protocol: str = ""  # a paper's settings of the flags below: see PROTOCOLS [ours]
     n: int = 4  # samples per problem and seed [2605.27028 Sec. 4.1]
     temperature: float = 0.7  # 0 is greedy [2605.27028 Sec. 4.1]
     top_p: float = 1.0  # 1 is off [ours]
     top_k: int = 0  # 0 is off [ours]
     max_new_tokens: int = 2048  # cap in tokens [ours: 2605.27028's 90th percentile is 1,800]
     thinking: bool = False  # enable_thinking in the chat template [ours]
-    prompt: str = "esr"  # the script that trained: esr or pw_opsd; or a text with {problem} [ours]
+    prompt: str = "esr"  # a name of PROMPTS, or a text with {problem}; for math only [ours]
     seeds: tuple[int, ...] = (0, 1, 2)  # one whole evaluation each [2605.21606 code: three seeds]
     # run
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # vLLM where it is installed [ours]
     memory_fraction: float = 0.4  # of the GPU for vLLM while it is awake [ours]
-    out: str = ""  # result file; default evals/<model>__<benchmarks>__<time>.json [ours]
+    out: str = ""  # result file, also of a run to go on with; default evals/<names, time> [ours]
+    batch: int = 256  # problems sampled together; what a stop can lose [ours]
     device: str = "auto"  # cuda where there is one, else cpu [ours]
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 on GPU, float32 on CPU [ours]
 
 
-# ---- 2. Benchmarks -------------------------------------------------------------------------------
-# common.load_problems knows the columns of all but two: problem (MATH-500, AIME, HMMT, BeyondAIME)
-# or question (AMC, Minerva, GSM8K), and answer. From public code that reads these sets, not run.
-KNOWN: dict[str, tuple[str, str]] = {
-    "math500": ("HuggingFaceH4/MATH-500", "test"),  # 500
-    "aime24": ("HuggingFaceH4/aime_2024", "train"),  # 30; the set has no other split
-    "aime25": ("yentinglin/aime_2025", "train"),  # 30; no other split
-    "hmmt25": ("MathArena/hmmt_feb_2025", "train"),  # 30; PW-OPSD has a local copy of it
-    "amc23": ("math-ai/amc23", "test"),  # 40
-    "minerva": ("math-ai/minervamath", "test"),  # 272
-    "olympiad": ("math-ai/olympiadbench", "test"),  # 674
-    "beyondaime": ("ByteDance-Seed/BeyondAIME", "test"),  # 100
-    "amobench": ("meituan-longcat/AMO-Bench", "test"),  # 50, of which 39 graded by rule
-    "gsm8k": ("openai/gsm8k", "test"),  # 1,319
-}
-CONFIGS = {"gsm8k": "main"}
+PROTOCOLS: dict[str, dict[str, Any]] = {  # how the papers evaluate math; code in 2605.27028: T = 0
+    "esr": {"n": 4, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_new_tokens": 2048,
+            "thinking": False, "prompt": "esr"},  # [2605.27028; cap and prompt ours]
+    "pw_opsd": {"n": 12, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": 38912,
+                "thinking": True, "prompt": "pw_opsd"},  # [2605.21606 code: run_eval.sh]
+    "trd": {"n": 16, "temperature": 0.6, "top_p": 0.95, "top_k": 0, "max_new_tokens": 38912,
+            "thinking": True, "prompt": "trd"},  # [2606.08432 code: math_evaluation]
+}  # fmt: skip
+PROMPTS = {"esr": PROMPT, "pw_opsd": PROMPT.replace("\n", "\n\n"), "trd": PROMPT.replace("\n", " ")}
 
 
-def olympiad_problem(row: dict) -> Problem:
-    """OlympiadBench: final_answer and solution are lists; a context, if any, comes first."""
-    prompt = "\n".join(text for text in (row.get("context"), row["question"]) if text)
-    answer = ", ".join(str(a).strip(" $") for a in row["final_answer"] or [])
-    return Problem(str(row.get("id", "")), prompt, answer, "\n".join(row.get("solution") or []))
-
-
-def amobench_problem(row: dict) -> Problem | None:
-    """AMO-Bench: the answer may be boxed; the 11 descriptions need a judge and are left out."""
-    if row["answer_type"] == "description":
-        return None
-    answer = common.extract_answer(str(row["answer"])) or str(row["answer"])
-    return Problem(str(row["question_id"]), row["prompt"], answer, row.get("solution"))
-
-
-READERS = {"olympiad": olympiad_problem, "amobench": amobench_problem}  # sets with own columns
-LOCAL = (".jsonl", ".parquet")
-
-
-def load_benchmark(name: str) -> list[Problem]:
-    """Problems of a known short name, of its hub id, or of a local .jsonl or .parquet file.
-
-    Stops on any other name, on unreadable data, and on problems without an answer.
-    """
-    short = short_name(name)
-    if name.endswith(LOCAL):
-        problems = common.load_problems(name)
-    elif short not in KNOWN:
-        raise Stop(
-            f"unknown benchmark {name!r}: give one of {', '.join(KNOWN)}, the hub id of one of "
-            "them, or a local .jsonl or .parquet file."
-        )
-    elif short in READERS:
-        problems = [p for row in hub_rows(*KNOWN[short]) if (p := READERS[short](row))]
-    else:
-        problems = common.load_problems(*KNOWN[short], config=CONFIGS.get(short))
-    unanswered = [p.id for p in problems if p.answer in ("", "None")]  # "None": no answer column
-    if unanswered:
-        raise Stop(f"{name}: problem {unanswered[0]} has no answer, so it cannot be graded.")
-    return problems
-
-
-def short_name(name: str) -> str:
-    """The key of KNOWN for a short name or hub id; the file name of a local file."""
-    by_id = {hub: short for short, (hub, _) in KNOWN.items()}
-    return Path(name).name if name.endswith(LOCAL) else by_id.get(name, name)
-
-
-def hub_rows(hub: str, split: str) -> list[dict]:
-    """Rows of a hub dataset whose columns common.load_problems does not know."""
-    import datasets
-
-    try:
-        return list(datasets.load_dataset(hub, split=split))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise Stop(f"cannot read the dataset {hub!r} ({common.last_line(error)}).") from error
-
-
-# ---- 3. Prompt and grading: what another kind of benchmark replaces ------------------------------
-PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
-PROMPTS = {"esr": PROMPT, "pw_opsd": PROMPT.replace("\n", "\n\n")}  # of the training scripts
-
-
-def math_prompt(problem: Problem, template: str = PROMPT) -> str:
-    """The user turn; `template` has {problem} where the problem goes."""
-    return template.replace("{problem}", problem.prompt)
-
-
-def grade(problem: Problem, completion: str) -> tuple[str | None, bool]:
-    """(last boxed answer or None, whether it equals the reference)."""
-    answer = common.extract_answer(completion)
-    return answer, answer is not None and same_answer(problem.answer, answer)
-
-
-@lru_cache(maxsize=2**16)
-def same_answer(a: str, b: str) -> bool:
-    """common.same_answer, which is symmetric; samples repeat the same few strings, so cached."""
-    return common.same_answer(a, b)
-
-
-# ---- 4. Metrics ----------------------------------------------------------------------------------
+# ---- 2. Metrics ----------------------------------------------------------------------------------
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased P(at least one of k is right) from c right of n: 1 - C(n-c, k) / C(n, k).
 
@@ -191,25 +111,27 @@ def majority_correct(answers: list[str | None], correct: list[bool]) -> bool:
     return answers[winner] is not None and correct[winner]
 
 
-def score_problem(rows: list[dict]) -> dict[str, float]:
+def score_problem(rows: list[dict], kind: str = "math") -> dict[str, float]:
     """Scores of one problem from its n sample rows; fractions in [0, 1], len_mean in tokens."""
     n, num_correct = len(rows), sum(row["correct"] for row in rows)
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
     answers, correct = [row["answer"] for row in rows], [row["correct"] for row in rows]
+    majority = {f"maj@{n}": float(majority_correct(answers, correct))}
     return {
         f"avg@{n}": num_correct / n,
         **{f"pass@{k}": pass_at_k(n, num_correct, k) for k in ks},
-        f"maj@{n}": float(majority_correct(answers, correct)),
+        **(majority if KINDS[kind].majority else {}),
+        **{score: sum(row[score] for row in rows) / n for score in KINDS[kind].scores},
         "len_mean": sum(row["tokens"] for row in rows) / n,
         "stop_frac": sum(row["finish_reason"] == "stop" for row in rows) / n,
         "truncated_frac": sum(row["finish_reason"] == "length" for row in rows) / n,
-        "boxed_frac": sum(row["answer"] is not None for row in rows) / n,
+        KINDS[kind].found: sum(row["answer"] is not None for row in rows) / n,
     }
 
 
-def score_problems(samples: list[dict], n: int) -> dict[str, np.ndarray]:
+def score_problems(samples: list[dict], n: int, kind: str = "math") -> dict[str, np.ndarray]:
     """Metric name -> (problems,) float64, from sample rows in problem order, n for each."""
-    scores = [score_problem(samples[i : i + n]) for i in range(0, len(samples), n)]
+    scores = [score_problem(samples[i : i + n], kind) for i in range(0, len(samples), n)]
     return {name: np.array([score[name] for score in scores]) for name in scores[0]}
 
 
@@ -235,42 +157,45 @@ def paired_bootstrap(
     return float((a - b).mean()), *bootstrap_interval(a - b, seed, resamples)
 
 
-# ---- 5. Evaluation -------------------------------------------------------------------------------
+# ---- 3. Evaluation -------------------------------------------------------------------------------
 def evaluate(
     sampler: Any, tokenizer: Any, problems: list[Problem], *, n: int, max_new_tokens: int,
     temperature: float, top_p: float, seed: int, top_k: int = 0, thinking: bool = False,
-    world: common.World | None = None, prompt: str = PROMPT,
+    world: common.World | None = None, prompt: str = PROMPT, first: int = 0,
 ) -> tuple[dict[str, float], list[dict]]:  # fmt: skip
     """Sample every problem n times and score: (metrics, one row per completion, problem order).
 
-    Metrics are means over problems, see `score_problem`, and `problems`, their number. With a
-    `world`, each rank samples a share and all ranks return the same. A problem's seeds depend on
-    its place in `problems`, not on ranks. The sampler must be awake and hold the student's weights.
+    Metrics are means over problems, see `score_problem`, and `problems`, their number; all problems
+    are of one kind. With a `world`, each rank samples a share and all ranks return the same. A
+    problem's seeds depend on its place in the benchmark, `first` + its place in `problems`, not on
+    ranks. The sampler must be awake and hold the student's weights.
     """
     if n < 1 or not problems:
         raise Stop("an evaluation needs at least one problem and one sample of each.")
     rank, size = (world.rank, world.size) if world else (0, 1)
     jobs = [(i, s) for i in range(rank, len(problems), size) for s in range(n)]
     prompts = {
-        i: common.chat_prompt_ids(tokenizer, math_prompt(problems[i], prompt), thinking=thinking)
+        i: chat_ids(tokenizer, problems[i], prompt=prompt, thinking=thinking)
         for i in range(rank, len(problems), size)
     }
     rollouts = sampler.sample(
         [prompts[i] for i, _ in jobs],
-        [common.request_seed(seed, "eval", i, s) for i, s in jobs],
+        [common.request_seed(seed, "eval", first + i, s) for i, s in jobs],
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
     ) if jobs else []  # fmt: skip
+    texts = [tokenizer.decode(r.completion_ids, skip_special_tokens=True) for r in rollouts]
     rows = []
-    for (i, s), rollout in zip(jobs, rollouts, strict=True):
-        text = tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
-        answer, correct = grade(problems[i], text)
-        row = {"problem_id": problems[i].id, "sample": s, "completion": text, "answer": answer}
-        row |= {"correct": correct, "tokens": len(rollout.completion_ids)}
-        rows.append((i, s, row | {"finish_reason": rollout.finish_reason}))
+    graded = grade([problems[i] for i, _ in jobs], texts)
+    for (i, s), rollout, text, verdict in zip(jobs, rollouts, texts, graded, strict=True):
+        row = {"problem_id": problems[i].id, "sample": s, "completion": text, **verdict}
+        row |= {"tokens": len(rollout.completion_ids), "finish_reason": rollout.finish_reason}
+        rows.append((i, s, row))
     rows = world.gather(rows) if world else rows
     samples = [row for _, _, row in sorted(rows, key=lambda item: item[:2])]
-    metrics = {name: float(s.mean()) for name, s in score_problems(samples, n).items()}
-    return metrics | {"problems": len(problems)}, samples
+    scores = score_problems(samples, n, problems[0].kind)
+    return {name: float(s.mean()) for name, s in scores.items()} | {
+        "problems": len(problems)
+    }, samples
 
 
 @dataclass
@@ -291,11 +216,9 @@ class Exam:
 
     def context(self, model: nn.Module, tokenizer: Any) -> int:
         """Tokens of its longest prompt and completion; stops when the model has fewer."""
-        return common.context_needed(
-            model, tokenizer, [math_prompt(p, self.template) for p in self.problems],
-            self.max_new_tokens if self.problems else 0, "--eval-max-new-tokens",
-            thinking=self.thinking,
-        )  # fmt: skip
+        asked = partial(chat_ids, tokenizer, prompt=self.template, thinking=self.thinking)
+        new = self.max_new_tokens if self.problems else 0
+        return common.context_needed(model, map(asked, self.problems), new, "--eval-max-new-tokens")
 
     def sit(self, step: int, run: common.Run, sampler: Sampler, tokenizer: Any) -> None:
         """Evaluate and log; does nothing where a resumed run has logged this step already."""
@@ -311,10 +234,12 @@ class Exam:
         run.log_evaluation(step, self.benchmark, metrics, samples)
 
 
-# ---- 6. Command line -----------------------------------------------------------------------------
+# ---- 4. Command line -----------------------------------------------------------------------------
 def check(args: Args) -> None:
     """Stop on arguments that cannot work, before anything is loaded."""
-    at_least = {"n": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "limit": 0}
+    if not args.model or not args.benchmark:
+        raise Stop("give --model and --benchmark, or two result files with --compare.")
+    at_least = {"n": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "limit": 0, "batch": 1}
     for name, least in at_least.items():
         if getattr(args, name) < least:
             raise Stop(f"--{name.replace('_', '-')} must be at least {least}.")
@@ -330,6 +255,22 @@ def check(args: Args) -> None:
         raise Stop(f"{args.model} is an adapter: give its base with --model and it with --adapter.")
     if args.temperature == 0 and (args.n > 1 or len(args.seeds) > 1):
         print("warning: temperature 0 makes all samples and seeds of a problem identical.")
+
+
+def apply_protocol(args: Args) -> Args:
+    """The arguments with a paper's settings in place; stops where a flag says something else."""
+    if not args.protocol:
+        return args
+    if args.protocol not in PROTOCOLS:
+        raise Stop(f"--protocol {args.protocol}: there are {', '.join(PROTOCOLS)}.")
+    settings = PROTOCOLS[args.protocol]
+    for name, value in settings.items():
+        given, default = getattr(args, name), Args.__dataclass_fields__[name].default
+        if given not in (default, value):
+            flag = f"--{name.replace('_', '-')}"
+            raise Stop(f"--protocol {args.protocol} sets {flag} {value}, not {given}: drop one.")
+    print(f"protocol {args.protocol}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    return replace(args, **settings)
 
 
 def output_paths(args: Args, benchmarks: list[str]) -> tuple[Path, Path]:
@@ -428,9 +369,36 @@ def write(path: Path, text: str) -> None:
         raise Stop(f"could not write {path} ({error}); choose another --out.") from error
 
 
+class Unfinished:
+    """<out>.part.jsonl: what was sampled, a line for each batch; a killed run goes on there."""
+
+    def __init__(self, out: Path, identity: dict, rank: int) -> None:
+        self.path, self.rank = out.with_suffix(".part.jsonl"), rank
+        text = self.path.read_text() if self.path.exists() else ""
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        if lines and lines[0] != json.loads(json.dumps(identity)):
+            raise Stop(f"{self.path} was begun with other arguments; remove it or choose --out.")
+        self.done = {tuple(line["key"]): line["samples"] for line in lines[1:]}
+        if rank == 0:
+            first = [] if lines else [identity]
+            write(self.path, "".join(json.dumps(line) + "\n" for line in [*lines, *first]))
+
+    def add(self, key: tuple, samples: list[dict]) -> None:
+        """Keep a batch, on disk too; key is (benchmark, seed, place of its first problem)."""
+        self.done[key] = samples
+        if self.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"key": key, "samples": samples}) + "\n")
+
+
 def main(args: Args) -> Path:
     """Sample, score, write and print; returns the path of the result file."""
+    if args.compare:
+        if len(args.compare) != 2:
+            raise Stop("--compare takes two result files.")
+        return compare(*args.compare, args.out)
     # -- Setup
+    args = apply_protocol(args)
     check(args)
     start, world = time.time(), common.World(args.device)
     problems = {short_name(b): load_benchmark(b)[: args.limit or None] for b in args.benchmark}
@@ -441,28 +409,40 @@ def main(args: Args) -> Path:
     others = load_other(args.against, knobs, problems) if args.against else {}
     tokenizer = common.load_tokenizer(args.model)
     model = load_evaluated(args, world.device)
-    max_len = common.context_needed(
-        model, tokenizer,
-        [math_prompt(p, knobs["prompt"]) for rows in problems.values() for p in rows],
-        args.max_new_tokens, "--max-new-tokens", thinking=args.thinking,
-    )  # fmt: skip
+    asked = partial(chat_ids, tokenizer, prompt=knobs["prompt"], thinking=args.thinking)
+    every = (asked(problem) for rows in problems.values() for problem in rows)
+    max_len = common.context_needed(model, every, args.max_new_tokens, "--max-new-tokens")
     sampler = Sampler(
         args.model, model, tokenizer, backend=args.sampler, max_len=max_len,
         memory_fraction=args.memory_fraction, seed=args.seeds[0],
     )  # fmt: skip
 
     # -- Sample and score
+    identity = {"model": args.model, "adapter": args.adapter, "seeds": args.seeds, "knobs": knobs}
+    identity |= {"problems": {name: fingerprint(rows) for name, rows in problems.items()}}
+    identity |= {"batch": args.batch, "sampler": sampler.backend, "dtype": str(model.compute_dtype)}
+    unfinished = Unfinished(out, identity, world.rank)
+    world.gather([])  # no rank writes before all have read
     results, lines = {}, []
     with sampler.awake():
         sampler.sync()
         for name, rows in problems.items():
             per_seed, per_problem = {}, []
             for seed in args.seeds:
-                metrics, samples = evaluate(
-                    sampler, tokenizer, rows, seed=seed, world=world, **knobs
-                )
-                per_seed[str(seed)] = metrics
-                per_problem.append(score_problems(samples, args.n))
+                samples: list[dict] = []
+                for first in range(0, len(rows), args.batch):
+                    key = (name, seed, first)
+                    if key not in unfinished.done:
+                        _, drawn = evaluate(
+                            sampler, tokenizer, rows[first : first + args.batch], seed=seed,
+                            world=world, first=first, **knobs,
+                        )  # fmt: skip
+                        unfinished.add(key, drawn)
+                    samples += unfinished.done[key]
+                scores = score_problems(samples, args.n, rows[0].kind)
+                per_seed[str(seed)] = {metric: float(s.mean()) for metric, s in scores.items()}
+                per_seed[str(seed)]["problems"] = len(rows)
+                per_problem.append(scores)
                 lines += [{"benchmark": name, "seed": seed, **sample} for sample in samples]
             means = {m: np.mean([p[m] for p in per_problem], 0).tolist() for m in per_problem[0]}
             results[name] = {"problem_ids": [p.id for p in rows], "per_seed": per_seed}
@@ -479,6 +459,7 @@ def main(args: Args) -> Path:
         write(out, json.dumps(record | {"results": results}, indent=2) + "\n")
         for name, result in results.items():
             print(table(name, result, others.get(name)))
+        unfinished.path.unlink()
         print(f"\nwritten: {out} and {samples_out}")
     return out
 

@@ -258,10 +258,9 @@ def main(args: Args) -> Path:
         problems, teacher_prompt, teacher_tokenizer, room, thinking=args.teacher_thinking
     )
     used = common.problems_for_step(problems, 0, args.steps * args.prompts_per_step, args.seed)
-    context = partial(common.context_needed, thinking=args.student_thinking)
-    new = args.max_new_tokens
+    asked = [chat(tokenizer, student_prompt(problem)) for problem in used]
     max_len = max(
-        context(student, tokenizer, map(student_prompt, used), new, "--max-new-tokens"),
+        common.context_needed(student, asked, args.max_new_tokens, "--max-new-tokens"),
         exam.context(student, tokenizer),
     )
     sampler = Sampler(
@@ -272,9 +271,8 @@ def main(args: Args) -> Path:
     reduction, schedule = ablation_cell(args)
     start = run.begin(student, optimizer)  # 0, or the step of the checkpoint to go on from
     if world.rank == 0:
-        prompts = student_prompt(used[0]), teacher_prompt(used[0])
-        prompts = chat(tokenizer, prompts[0]), teacher_chat(teacher_tokenizer, prompts[1])
-        common.print_setup(tokenizer, teacher_tokenizer, prompts)
+        heard = teacher_chat(teacher_tokenizer, teacher_prompt(used[0]))
+        common.print_setup(tokenizer, teacher_tokenizer, (asked[0], heard))
         print(f"{room} tokens of prompt: {num_cut} solutions cut, {num_left_out} problems left out")
 
     knobs = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}

@@ -120,7 +120,17 @@ class Run:
             step = state["step"]
         if self.world.rank == 0 and not self.resumed:
             (self.dir / "code").mkdir(parents=True)
-            shared = ("common", "run", "kl", "sampler", "align", "eval", "baselines")
+            shared = (
+                "common",
+                "run",
+                "kl",
+                "sampler",
+                "align",
+                "eval",
+                "benchmarks",
+                "bfcl",
+                "baselines",
+            )
             for file in (self.script, *(Path(__file__).with_name(f"{n}.py") for n in shared)):
                 shutil.copy(file, self.dir / "code")
             record = json.dumps({"args": self.args, "argv": sys.argv, **environment()}, indent=2)

@@ -43,8 +43,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+from benchmarks import grade, load_benchmark
 from common import Problem, Rollout, Stop
-from eval import grade, load_benchmark
 from kl import Head, entropy, every_logprob
 from pw_opsd import EVAL_PROMPT
 from sampler import Sampler
@@ -138,9 +138,10 @@ def spines(args: Args, models: "Models", problems: list[Problem], rows: Rows) ->
             drawn[n] = rollout
         for n, (problem, r) in enumerate(zip(part, drawn, strict=True)):
             text = models.tokenizer.decode(r.completion_ids, skip_special_tokens=True)
-            answer, correct = grade(problem, text)
-            rows.add({"id": problem.id, "spine": r.completion_ids, "answer": answer,
-                      "correct": bool(correct and r.finish_reason == "stop"),
+            (verdict,) = grade([problem], [text])
+            correct = bool(verdict["correct"] and r.finish_reason == "stop")
+            rows.add({"id": problem.id, "spine": r.completion_ids, "answer": verdict["answer"],
+                      "correct": correct,
                       "finished": r.finish_reason == "stop", "sampled": n in again})  # fmt: skip
 
 
@@ -285,7 +286,7 @@ def continuations(
         for (n, child, _), prefix, r in zip(jobs, prefixes, drawn, strict=True):
             ids = prefix + r.completion_ids
             text = models.tokenizer.decode(ids, skip_special_tokens=True)
-            right[n].setdefault(child, []).append(bool(grade(problem, text)[1]))
+            right[n].setdefault(child, []).append(bool(grade([problem], [text])[0]["correct"]))
         cut = [0] * len(where)  # continuations that ran out of room; they count as failures
         for (n, _, _), r in zip(jobs, drawn, strict=True):
             cut[n] += r.finish_reason != "stop"

@@ -250,10 +250,11 @@ def test_full_fine_tune_keeps_float32_masters_and_round_trips(tmp_path):
 def test_context_is_checked_before_anything_runs(student):
     tokenizer = common.load_tokenizer(STUDENT)
     room = student.config.max_position_embeddings
-    needed = common.context_needed(student, tokenizer, ["1 + 1"], 5, "--n", thinking=False)
+    prompts = [common.chat_prompt_ids(tokenizer, "1 + 1")]
+    needed = common.context_needed(student, prompts, 5, "--n")
     assert needed == len(common.chat_prompt_ids(tokenizer, "1 + 1")) + 5
     with pytest.raises(Stop) as stop:
-        common.context_needed(student, tokenizer, ["1 + 1"], room, "--n", thinking=False)
+        common.context_needed(student, prompts, room, "--n")
     assert f"exceed the context of {STUDENT} ({room})" in stop.value.sentence
 
 

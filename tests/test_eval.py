@@ -1,5 +1,6 @@
 """eval.py: answers and verdicts, estimators against brute force, the command line end to end."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 import tyro
 
+import benchmarks
 import common
+import compare as comparison
 import eval as evaluation
 from common import Problem, Rollout
 
@@ -60,7 +63,8 @@ CASES = [
 
 @pytest.mark.parametrize(("completion", "reference", "answer", "correct"), CASES)
 def test_grade(completion: str, reference: str, answer: str | None, correct: bool) -> None:
-    assert evaluation.grade(Problem("0", "", reference), completion) == (answer, correct)
+    (row,) = evaluation.grade([Problem("0", "", reference)], [completion])
+    assert row == {"answer": answer, "correct": correct}
     if answer:  # grading is symmetric
         assert common.same_answer(reference, answer) == common.same_answer(answer, reference)
 
@@ -260,13 +264,13 @@ def test_load_benchmark_own_columns(monkeypatch) -> None:
     olympiad = {"id": 6, "question": "q?", "final_answer": ["$2$", "3"], "solution": ["s", "t"]}
     amo = {"question_id": 1, "prompt": "q?", "answer": r"\boxed{\frac12}", "solution": "s"}
     rows = {
-        "math-ai/olympiadbench": [olympiad, olympiad | {"context": "Let x be 1."}],
+        "math-ai/olympiadbench": [olympiad, olympiad | {"id": 7, "context": "Let x be 1."}],
         "meituan-longcat/AMO-Bench": [
             amo | {"answer_type": "number"},
             amo | {"answer_type": "description"},
         ],
     }
-    monkeypatch.setattr("datasets.load_dataset", lambda name, split: rows[name])
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: rows[name])
     first, second = evaluation.load_benchmark("olympiad")
     assert first == Problem("6", "q?", "2, 3", "s\nt")
     assert second.prompt == "Let x be 1.\nq?"
@@ -431,3 +435,181 @@ def test_adapter_of_another_base_warns_or_stops(adapter: Path, tmp_path: Path, c
 
 def test_adapter_given_as_model_stops(adapter: Path, tmp_path: Path, capsys) -> None:
     assert "--adapter" in stops(capsys, tmp_path / "x.json", "--model", str(adapter))
+
+
+# ---- Protocols, going on, comparing --------------------------------------------------------------
+def test_a_protocol_sets_its_flags_and_refuses_others(capsys) -> None:
+    args = evaluation.Args("m", ("x",), protocol="pw_opsd", seeds=(5,))
+    got = evaluation.apply_protocol(args)
+    assert (got.n, got.temperature, got.top_p, got.max_new_tokens) == (12, 1.0, 0.95, 38912)
+    assert (got.thinking, got.prompt, got.seeds) == (True, "pw_opsd", (5,))
+    assert "protocol pw_opsd: n 12, temperature 1.0" in capsys.readouterr().out
+    for changed, sentence in (
+        ({"n": 7}, "sets --n 12, not 7: drop one"),
+        ({"protocol": "grpo"}, "there are esr, pw_opsd, trd"),
+    ):
+        with pytest.raises(common.Stop) as stop:
+            evaluation.apply_protocol(dataclasses.replace(args, **changed))
+        assert sentence in stop.value.sentence
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    whole = json.loads(cli(tmp_path / "whole.json", "--batch", "2").read_text())
+    real, calls = evaluation.evaluate, []
+
+    def killed(*args, **kwargs):
+        calls.append(kwargs["first"])
+        if len(calls) == 3:  # in the second seed
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cli(tmp_path / "again.json", "--batch", "2")
+    part = tmp_path / "again.part.jsonl"
+    with open(part, "a") as file:
+        file.write('{"key": ["cut in the mi')
+    assert "begun with other arguments" in stops(
+        capsys, tmp_path / "again.json", "--batch", "2", "--temperature", "0.5"
+    )
+    again = json.loads(cli(tmp_path / "again.json", "--batch", "2").read_text())
+    assert calls == [0, 2, 0, 0, 2]  # nothing is sampled twice
+    assert again["results"] == whole["results"]
+    samples = [(tmp_path / f"{n}.samples.jsonl").read_text() for n in ("whole", "again")]
+    assert samples[0] == samples[1]
+    assert not part.exists()
+    one = json.loads(cli(tmp_path / "one.json").read_text())  # batches change nothing
+    assert one["results"] == whole["results"]
+
+
+def test_sign_test_is_the_binomial() -> None:
+    a, b = np.array([1.0] * 9 + [0.0] * 2 + [0.5] * 5), np.array([0.0] * 9 + [1.0] * 2 + [0.5] * 5)
+    better, worse, p = comparison.sign_test(a, b)
+    assert (better, worse) == (9, 2)
+    assert p == pytest.approx(2 * (1 + 11 + 55) / 2**11)
+    assert comparison.sign_test(b, a) == (2, 9, p)
+    assert comparison.sign_test(a, a) == (0, 0, 1.0)
+
+
+def test_buckets() -> None:
+    kinds = [comparison.bucket(c, 16) for c in range(17)]
+    assert kinds == ["never"] + ["seldom"] * 7 + ["often"] * 9
+
+
+def test_analysis_by_hand() -> None:
+    def rows(*corrects: str) -> dict[str, list[dict]]:
+        return {
+            str(i): [{"correct": c == "1", "tokens": 10 * i + s} for s, c in enumerate(flags)]
+            for i, flags in enumerate(corrects)
+        }
+
+    a, b = rows("11", "10", "00", "11"), rows("11", "00", "00", "10")
+    got = comparison.analyse(a, b)
+    assert (got["problems"], got["samples"], got["difference"]) == (4, 2, 0.25)
+    assert (got["better"], got["worse"]) == (2, 0)
+    assert got["a"]["pass_at_k"] == pytest.approx([5 / 8, 3 / 4])
+    assert got["b"]["pass_at_k"] == pytest.approx([3 / 8, 2 / 4])
+    assert got["b"]["lengths_of_right"] == [0, 1, 30]
+    assert got["never"] == {"problems": 2, "a_solves_any": 1, "a": 0.25, "b": 0.0}
+    assert got["often"] == {"problems": 2, "a_solves_any": 2, "a": 1.0, "b": 0.75}
+    assert got["seldom"]["problems"] == 0
+
+
+def test_compare_writes_numbers_and_figures_and_refuses_other_protocols(
+    result, tmp_path, capsys
+) -> None:
+    teacher = tmp_path / "teacher.json"
+    line = f"--model {TINY}/teacher --benchmark {TINY}/test.jsonl --limit 4 --n 2 --seeds 0 1"
+    line += f" --max-new-tokens 48 --sampler hf --device cpu --out {teacher}"
+    evaluation.main(tyro.cli(evaluation.Args, args=line.split()))
+    ask = ["--compare", str(teacher), str(result), "--out", str(tmp_path / "both.json")]
+    got = evaluation.main(tyro.cli(evaluation.Args, args=ask))
+    numbers = json.loads(got.read_text())["results"]["test.jsonl"]
+    assert numbers["samples"] == 4  # two seeds of two
+    means = [json.loads(p.read_text())["results"]["test.jsonl"]["per_problem"]["avg@2"]
+             for p in (teacher, result)]  # fmt: skip
+    assert numbers["difference"] == pytest.approx(np.mean(means[0]) - np.mean(means[1]))
+    out = capsys.readouterr().out
+    assert "sign test p =" in out
+    assert (tmp_path / "both.test.jsonl.pass.png").exists()
+    assert (tmp_path / "both.test.jsonl.lengths.png").exists()
+    with pytest.raises(common.Stop) as stop:
+        evaluation.main(tyro.cli(evaluation.Args, args=ask))
+    assert "exists already" in stop.value.sentence
+    record = json.loads(teacher.read_text())
+    record["knobs"]["temperature"] = 1.0
+    teacher.write_text(json.dumps(record))
+    with pytest.raises(common.Stop) as stop:
+        evaluation.main(tyro.cli(evaluation.Args, args=[*ask[:4], str(tmp_path / "new.json")]))
+    assert "temperature 1.0 and 0.7" in stop.value.sentence
+
+
+# ---- Function calls ------------------------------------------------------------------------------
+TOOL = {
+    "name": "area", "description": "Area of a square.",
+    "parameters": {
+        "type": "dict", "properties": {"side": {"type": "integer", "description": "its side"}},
+        "required": ["side"],
+    },
+}  # fmt: skip
+ITEM = {"id": "c0", "problem": "p0 a square of side 3?", "function": [TOOL]}
+ITEM |= {"answer": [{"area": {"side": [3]}}]}
+
+
+def test_function_calls_from_file_to_scores(tmp_path) -> None:
+    path = tmp_path / "calls.jsonl"
+    none = ITEM | {"id": "c1", "problem": "p1 who are you?", "answer": []}
+    path.write_text(json.dumps(ITEM) + "\n" + json.dumps(none) + "\n")
+    problems = evaluation.load_benchmark(str(path))
+    assert [p.kind for p in problems] == ["calls", "calls"]
+    call = '<tool_call>\n{"name": "area", "arguments": {"side": %s}}\n</tool_call>'
+    texts = [call % 3, call % 4, "no idea", call % 3]
+    rows = evaluation.grade([problems[0], problems[0], problems[0], problems[1]], texts)
+    assert [r["correct"] for r in rows] == [True, False, False, False]
+    assert [r["name_correct"] for r in rows] == [True, True, False, False]
+    assert [r["answer"] is None for r in rows] == [False, False, True, False]
+    tokenizer = common.load_tokenizer(f"{TINY}/student")
+    shown = tokenizer.decode(
+        benchmarks.chat_ids(tokenizer, problems[0], prompt="{problem}!", thinking=False)
+    )
+    assert '"name": "area"' in shown
+    assert "<tools>" in shown  # in the template's own way
+    assert "side 3?<|im_end|>" in shown  # the math prompt is not for calls
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    shown = tokenizer.decode(
+        benchmarks.chat_ids(tokenizer, problems[0], prompt="{problem}!", thinking=False)
+    )
+    assert "You can call these functions" in shown
+    assert '"area"' in shown
+    script = {"p0": [(texts[0], "stop"), (texts[1], "stop")], "p1": [("hi", "stop")] * 2}
+    metrics, _ = evaluation.evaluate(
+        Canned(script), ToolLetters(), problems, **KNOBS | {"n": 2}, top_k=0
+    )
+    assert metrics["avg@2"] == 0.75
+    assert metrics["name_correct"] == 1.0
+    assert metrics["parsed"] == 0.5
+    assert "maj@2" not in metrics
+
+
+class ToolLetters(Letters):
+    def apply_chat_template(self, messages: list[dict], *, tools=None, **_) -> str:
+        return messages[0]["content"] + json.dumps(tools)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"answer": None}, "lacks answer"),
+        ({"problem": None}, "lacks messages or problem"),
+        ({}, "the id 'c0' is there twice"),
+    ],
+)
+def test_bad_items_stop(tmp_path, changes, sentence) -> None:
+    path = tmp_path / "calls.jsonl"
+    row = {k: v for k, v in (ITEM | changes).items() if v is not None}
+    path.write_text((json.dumps(row) + "\n") * 2)
+    with pytest.raises(common.Stop) as stop:
+        evaluation.load_benchmark(str(path))
+    assert sentence in stop.value.sentence

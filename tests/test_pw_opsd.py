@@ -348,7 +348,8 @@ def test_the_learning_rate_falls_linearly_and_resume_goes_on(tmp_path):
 def test_eval_py_has_the_scripts_prompts():
     import esr
 
-    assert evaluation.PROMPTS == {"esr": esr.PROMPT, "pw_opsd": pw_opsd.EVAL_PROMPT}
+    assert evaluation.PROMPTS["esr"] == esr.PROMPT
+    assert evaluation.PROMPTS["pw_opsd"] == pw_opsd.EVAL_PROMPT
 
 
 def test_evaluation_has_its_own_prompt_and_sampling(tmp_path, monkeypatch):
