@@ -2,19 +2,22 @@ r"""The benchmarks that eval.py knows: where they lie, what the model is asked, 
 
     kind   asked                                   judged by
     math   the problem, boxed answer wanted        last \boxed{...}, math-verify (common.py)
+    code   the problem, a Python block wanted      its tests, run in the sandbox (codebench.py)
     calls  a request and the functions on offer    BFCL's rules (bfcl.py)
 
-A local .jsonl or .parquet file is of the kind that its columns say: with `function` it is calls,
-else math. `Problem.row` keeps a data set's own columns where a grader needs them.
+A local .jsonl or .parquet file is of the kind that its columns say (`SIGNS`), else math.
+`Problem.row` keeps a data set's own columns where a grader needs them.
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import codebench
 import common
 from bfcl import parse_calls, score_item, tools_of
 from common import Problem, Stop
@@ -65,11 +68,10 @@ def load_benchmark(name: str) -> list[Problem]:
     short = short_name(name)
     if name.endswith(LOCAL):
         rows = common.load_rows(name)
-        problems = (
-            [call_problem(name, row) for row in rows]
-            if "function" in rows[0]
-            else common.load_problems(name)
-        )
+        kind = kind_of(rows[0])
+        rows = [row for row in rows if row.get("id") not in NO_VERDICT]
+        problems = [row_problem(name, row, kind) for row in rows] if kind != "math" else None
+        problems = problems or common.load_problems(name)
     elif short not in KNOWN:
         raise Stop(
             f"unknown benchmark {name!r}: give one of {', '.join(KNOWN)}, the hub id of one of "
@@ -97,15 +99,48 @@ def short_name(name: str) -> str:
     return Path(name).name if name.endswith(LOCAL) else by_id.get(name, name)
 
 
-def call_problem(name: str, row: dict) -> Problem:
-    """A BFCL item: id, messages (or problem), function, answer."""
-    missing = {"id", "function", "answer"} - row.keys()
-    if missing or not ("messages" in row or "problem" in row):
-        lacks = ", ".join(sorted(missing)) or "messages or problem"
-        raise Stop(f"{name}: item {row.get('id')!r} lacks {lacks}; BFCL items have all of them.")
-    messages = row.get("messages") or [{"role": "user", "content": row["problem"]}]
-    text = "\n".join(message["content"] for message in messages)
-    return Problem(row["id"], text, json.dumps(row["answer"]), kind="calls", row=row)
+# Left out: the outputs of Mbpp/255's reference on its plus inputs need more than 4 GiB.
+NO_VERDICT = ("Mbpp/255",)
+CODE_KINDS = ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus", "livecodebench")
+# kind -> columns that its rows must have
+SIGNS = {
+    "livecodebench": {"question_content", "starter_code", "public_test_cases"},
+    "humaneval_plus": {
+        "id",
+        "problem",
+        "answer",
+        "entry_point",
+        "base_input",
+        "plus_input",
+        "atol",
+    },
+    "humaneval": {"id", "problem", "entry_point", "test"},
+    "mbpp": {"id", "problem", "test_setup_code", "test_list"},
+    "calls": {"id", "function", "answer"},
+}
+
+
+def kind_of(row: dict) -> str:
+    """The kind that a row's columns say; one telling column is enough, see `row_problem`."""
+    telling = {"public_test_cases": "livecodebench", "plus_input": "humaneval_plus"}
+    telling |= {"test": "humaneval", "test_list": "mbpp", "function": "calls"}
+    kind = next((kind for column, kind in telling.items() if column in row), "math")
+    mbpp = kind == "humaneval_plus" and str(row.get("id", "")).startswith("Mbpp/")
+    return "mbpp_plus" if mbpp else kind
+
+
+def row_problem(name: str, row: dict, kind: str) -> Problem:
+    """A problem that keeps its row; stops when a column is missing that its grader needs."""
+    needed = SIGNS["humaneval_plus" if kind == "mbpp_plus" else kind]
+    missing = ", ".join(sorted(needed - row.keys()))
+    if missing or (kind == "calls" and not {"messages", "problem"} & row.keys()):
+        lacks = missing or "messages or problem"
+        raise Stop(f"{name}: item {row.get('id')!r} lacks {lacks}, which {kind} items have.")
+    key = str(row.get("id") or row.get("question_id"))
+    text = row.get("problem") or row.get("question_content")
+    if kind == "calls" and not text:
+        text = "\n".join(message["content"] for message in row["messages"])
+    return Problem(key, text, json.dumps(row.get("answer")), kind=kind, row=row)
 
 
 # ---- 2. Kinds: what the model is asked, and who judges it ----------------------------------------
@@ -202,7 +237,23 @@ def grade_calls(problems: list[Problem], completions: list[str]) -> list[dict]:
     return rows
 
 
+def code_chat(problem: Problem, _prompt: str, _tokenizer: Any) -> Chat:
+    return [{"role": "user", "content": codebench.prompt(problem.row, problem.kind)}], None
+
+
+def grade_code(problems: list[Problem], completions: list[str]) -> list[dict]:
+    if not problems:
+        return []
+    workers, kind = os.cpu_count() or 1, problems[0].kind
+    verdicts = codebench.grade([p.row for p in problems], completions, kind, workers)
+    return [{"answer": v["code"] or None, "correct": v["passed"], "status": v["status"],
+             **({"base": v["base"]} if "base" in v else {})} for v in verdicts]  # fmt: skip
+
+
+CODE = Kind(code_chat, grade_code, found="code_frac")
+PLUS = Kind(code_chat, grade_code, ("base",), found="code_frac")
 KINDS = {
+    **{name: PLUS if name in codebench.PLUS else CODE for name in CODE_KINDS},
     "math": Kind(math_chat, grade_math, majority=True),
     "calls": Kind(calls_chat, grade_calls, ("name_correct",), found="parsed"),
 }

@@ -120,18 +120,11 @@ class Run:
             step = state["step"]
         if self.world.rank == 0 and not self.resumed:
             (self.dir / "code").mkdir(parents=True)
-            shared = (
-                "common",
-                "run",
-                "kl",
-                "sampler",
-                "align",
-                "eval",
-                "benchmarks",
-                "bfcl",
-                "baselines",
-            )
-            for file in (self.script, *(Path(__file__).with_name(f"{n}.py") for n in shared)):
+            here = Path(__file__).resolve().parent
+            loaded = [
+                Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", 0)
+            ]
+            for file in {self.script, *(path for path in loaded if path.parent == here)}:
                 shutil.copy(file, self.dir / "code")
             record = json.dumps({"args": self.args, "argv": sys.argv, **environment()}, indent=2)
             (self.dir / "config.json").write_text(record)

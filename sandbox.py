@@ -192,7 +192,8 @@ def _converse(channel: socket.socket, modules: list[str], code: str, check: str)
         for expected, reply in turns:
             if channel.recv(len(expected), socket.MSG_WAITALL) != expected:
                 return False
-            channel.sendall(reply)
+            if reply:  # else EPIPE, and a false "failed", where the program is gone already
+                channel.sendall(reply)
     except OSError:  # it went away
         return False
     return True

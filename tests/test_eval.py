@@ -601,7 +601,7 @@ class ToolLetters(Letters):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"answer": None}, "lacks answer"),
+        ({"answer": None}, "lacks answer, which calls items have"),
         ({"problem": None}, "lacks messages or problem"),
         ({}, "the id 'c0' is there twice"),
     ],
@@ -613,3 +613,29 @@ def test_bad_items_stop(tmp_path, changes, sentence) -> None:
     with pytest.raises(common.Stop) as stop:
         evaluation.load_benchmark(str(path))
     assert sentence in stop.value.sentence
+
+
+def test_code_from_file_to_scores(tmp_path) -> None:
+    path = tmp_path / "code.jsonl"
+    row = {"id": "T/0", "problem": 'def add(a, b):\n    """Sum."""\n', "entry_point": "add"}
+    row["test"] = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
+    path.write_text(json.dumps(row) + "\n")
+    (problem,) = evaluation.load_benchmark(str(path))
+    texts = [f"Sure:\n```python\ndef add(a, b):\n    return a {sign} b\n```" for sign in "+-"]
+    rows = evaluation.grade([problem, problem], [*texts])
+    assert [r["correct"] for r in rows] == [True, False]
+    assert [r["status"] for r in rows] == ["passed", "failed"]
+    del row["entry_point"]
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(common.Stop) as stop:
+        evaluation.load_benchmark(str(path))
+    assert "lacks entry_point, which humaneval items have" in stop.value.sentence
+
+
+def test_kinds_are_told_by_their_columns() -> None:
+    told = [{"problem": ""}, {"function": []}, {"test_list": []}, {"test": ""}]
+    told += [{"plus_input": [], "id": "Mbpp/2"}, {"plus_input": [], "id": "HumanEval/2"}]
+    kinds = [benchmarks.kind_of(row) for row in [*told, {"public_test_cases": ""}]]
+    assert kinds == [
+        "math", "calls", "mbpp", "humaneval", "mbpp_plus", "humaneval_plus", "livecodebench",
+    ]  # fmt: skip

@@ -29,6 +29,9 @@ LIMITS = {"common": 600, "eval": 600} | dict.fromkeys(
         "sandbox",
         "sandbox_box",
         "sandbox_run",
+        "codebench",
+        "code_extract",
+        "livecodebench",
     ],
     400,
 )
