@@ -111,6 +111,9 @@ def test_a_clamped_choice_of_the_teacher_is_pushed_down():
         down[clip] = logits.grad[0, 0].item()
     assert down[0.05] == pytest.approx(0.2 * 0.1)  # p(v) times the unclamped teacher mass
     assert down[math.inf] == pytest.approx(0.2 - 0.9)
+    against = torch.tensor([[0.001, 0.999]]).log()  # so the minimum is not at student = teacher
+    assert pw_opsd.clipped_forward_kl(against, teacher, 0.05) < -0.15
+    assert pw_opsd.clipped_forward_kl(teacher, teacher, 0.05) == 0
 
 
 @pytest.mark.parametrize("old", [False, True])
