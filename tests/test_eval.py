@@ -639,3 +639,18 @@ def test_kinds_are_told_by_their_columns() -> None:
     assert kinds == [
         "math", "calls", "mbpp", "humaneval", "mbpp_plus", "humaneval_plus", "livecodebench",
     ]  # fmt: skip
+
+
+def test_answer_pairs_of_our_own_making() -> None:
+    """211 pairs, 105 of them equal; each row has the verdict seen and math-verify's beside it."""
+    rows = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").open()]
+    assert len(rows) == 211
+    wrong = []
+    for row in rows:
+        verdict = common.same_answer(row["a"], row["b"])
+        assert verdict == row["verdict"] == common.same_answer(row["b"], row["a"]), row
+        wrong += [row] if verdict != row["equal"] else []
+    assert (
+        len(wrong) == 4
+    )  # all of them equal and not seen to be: i^2, 1/i, 0.333..., two empty sets
+    assert all(row["equal"] for row in wrong)
