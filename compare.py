@@ -3,11 +3,13 @@
 `python eval.py --compare A.json B.json` prints, for each benchmark, the mean of both, the paired
 bootstrap interval of A - B and an exact sign test over problems; then pass@k for every k, problems
 by how often B solves them, and lengths of right answers [2606.08432 Appendix: its three analyses].
-Writes all of it as JSON and two figures a benchmark. Refuses files sampled or asked differently.
+Writes all of it as JSON (--out, default evals/) and two figures a benchmark. Refuses files that
+were sampled or asked differently.
 """
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,8 @@ def draw(name: str, result: dict[str, Any], prefix: Path) -> None:
 
 def compare(path_a: str, path_b: str, out: str) -> Path:
     """Compare, print, write `out` (JSON) and the figures beside it; returns the JSON's path."""
+    if find_spec("matplotlib") is None:
+        raise Stop("the figures need matplotlib: pip install matplotlib.")
     (a, samples_a), (b, samples_b) = load(path_a), load(path_b)
     refuse_unequal(a, b)
     target = Path(out or f"evals/{Path(path_a).stem}__against__{Path(path_b).stem}.json")

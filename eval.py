@@ -9,7 +9,7 @@ when the same command is given again, and gives the same numbers.
     python eval.py --model Qwen/Qwen3-1.7B --adapter runs/X/checkpoints/step_000200 \
         --benchmark math500 aime24 --protocol esr               # 1 GPU
     python eval.py --model tiny/student --benchmark tiny/test.jsonl \
-        --max-new-tokens 128 --seeds 0 --sampler hf             # laptop CPU, a minute
+        --max-new-tokens 96 --seeds 0 --sampler hf              # laptop CPU, a minute
     python eval.py --compare evals/a.json evals/b.json          # intervals, sign test, figures
 
 Benchmarks: a short name of benchmarks.KNOWN, its hub id, or a local .jsonl or .parquet file. The
@@ -63,7 +63,7 @@ class Args:
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # vLLM where it is installed [ours]
     memory_fraction: float = 0.4  # of the GPU for vLLM while it is awake [ours]
     out: str = ""  # result file, also of a run to go on with; default evals/<names, time> [ours]
-    batch: int = 256  # problems sampled together; what a stop can lose [ours]
+    batch: int = 256  # problems sampled together; what a stop can lose; keep it to go on [ours]
     device: str = "auto"  # cuda where there is one, else cpu [ours]
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 on GPU, float32 on CPU [ours]
 
@@ -376,8 +376,11 @@ class Unfinished:
         self.path, self.rank = out.with_suffix(".part.jsonl"), rank
         text = self.path.read_text() if self.path.exists() else ""
         lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        if lines and lines[0] != json.loads(json.dumps(identity)):
-            raise Stop(f"{self.path} was begun with other arguments; remove it or choose --out.")
+        old, new = lines[0] if lines else {}, json.loads(json.dumps(identity))
+        changed = [f"{k} was {old.get(k)!r}" for k in new if lines and old.get(k) != new[k]]
+        if changed:
+            raise Stop(f"{self.path} was begun with other arguments: {'; '.join(changed)[:500]}; "
+                       "give those, or choose another --out.")  # fmt: skip
         self.done = {tuple(line["key"]): line["samples"] for line in lines[1:]}
         if rank == 0:
             first = [] if lines else [identity]
@@ -422,6 +425,8 @@ def main(args: Args) -> Path:
     identity |= {"problems": {name: fingerprint(rows) for name, rows in problems.items()}}
     identity |= {"batch": args.batch, "sampler": sampler.backend, "dtype": str(model.compute_dtype)}
     unfinished = Unfinished(out, identity, world.rank)
+    if world.rank == 0:
+        print(f"results: {out}; after a stop, go on with the same command and --out {out}")
     world.gather([])  # no rank writes before all have read
     results, lines = {}, []
     with sampler.awake():

@@ -139,7 +139,8 @@ def make_rollouts(
 def position_weights(lengths: Tensor, w_min: float, tau: float, s: float) -> Tensor:
     """w_min + (1 - w_min) sigmoid((f - tau) / s), f = (i - 0.5) / L [Eq. 5]: (B,) -> (B, max L).
 
-    i = 1..L counts a row's own completion tokens; entries beyond a row's L are 0. Not normalised.
+    i = 1..L counts a row's own completion tokens; entries beyond a row's L are 0. Not normalised,
+    that is `token_weights`' part. SCHEDULES has the published (w_min, tau, s).
     """
     index = torch.arange(int(lengths.max()), device=lengths.device)  # (T,), i - 1
     f = (index + 0.5) / lengths[:, None].clamp_min(1)  # (B, T)

@@ -178,8 +178,11 @@ class Run:
         if self.world.rank == 0:
             rows = [row for row in self.read("eval") if key in row]
             best = max(rows[1:], key=lambda row: row[key], default=None)
-            for row in (rows[0], best, rows[-1]) if best else ():
-                print(f"{key} {row[key]:.3f} at step {row['step']}")
+            shown = {"before": rows[0], "best": best, "last": rows[-1]} if best else {}
+            for name, row in shown.items():
+                print(f"{name:6} {key} {row[key]:.3f} at step {row['step']}")
+            if self.interrupted:
+                print(f"stopped early; go on with the same arguments and --resume {self.dir}")
             print(f"run: {self.dir}")
 
     def save_checkpoint(self, step: int, student: Any, tokenizer: Any, optimizer: Any) -> None:

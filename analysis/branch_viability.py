@@ -385,8 +385,11 @@ def report(args: Args, rows: list[dict], out: Path) -> dict:
     print(f"continuations cut for length, counted as failures: {table['cut']}")
     if not (counts["real_uncertain"] and counts["diversity"]):
         print("only one kind of position: no score can be judged; more problems are needed.")
+    elif min(counts["real_uncertain"], counts["diversity"]) < 10:
+        print("fewer than 10 positions of a kind: the numbers below say next to nothing.")
     positive = np.array([row["label"] == "real_uncertain" for row in kept], dtype=bool)
     cluster = np.array([row["problem"] for row in kept])
+    print("scores: does more of it mean real_uncertain?")
     for name in SCORES if counts["real_uncertain"] and counts["diversity"] else ():
         score = np.array([row[name] for row in kept])
         table[name] = s = cluster_bootstrap(positive, score, cluster, args.resamples, args.seed)
@@ -394,7 +397,7 @@ def report(args: Args, rows: list[dict], out: Path) -> dict:
         cells = (
             f"AUROC {s['auroc']:.3f} [{a:.3f}, {b:.3f}]   AUPRC {s['auprc']:.3f} [{c:.3f}, {d:.3f}]"
         )
-        print(f"{name:20} {cells}   {s['undefined']} resamples undefined")
+        print(f"{name:20} {cells}   {s['undefined']} resamples lack a kind")
     (out / "table.json").write_text(json.dumps(table, indent=1))
     if rows:
         draw(rows, out)

@@ -48,6 +48,7 @@ def test_self_distillation():
         cells = table_row(method)
         for cell, metric in zip(cells[1:4], ("avg@12", "pass@12", "maj@12"), strict=True):
             assert cell == shown([r[f"{metric}_after"] for r in rows]), (method, metric)
+        assert cells[4] == shown([r["greedy_after"] for r in rows]), method
     before = methods["pw_opsd"]
     for metric in ("avg@12", "pass@12", "maj@12"):
         assert shown([r[f"{metric}_before"] for r in before]) in README
