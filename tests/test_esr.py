@@ -264,12 +264,12 @@ def test_a_run_directory_holds_what_the_readme_says(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"max_new_tokens": 0}, "N must be at least 1"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0 must be at least 1"),
         ({"select": "top_rkl", "select_k": 9}, "between 1 and the rollout length"),
-        ({"steps": 0}, "--steps must be at least 1"),
-        ({"temperature": -1.0}, "--temperature must be at least 0"),
-        ({"eval_n": 0}, "--eval-n must be at least 1"),
-        ({"top_p": 0.0}, "between 0 and 1"),
+        ({"steps": 0}, "--steps 0 must be at least 1"),
+        ({"temperature": -1.0}, "--temperature -1.0 must be at least 0"),
+        ({"eval_n": 0}, "--eval-n 0 must be at least 1"),
+        ({"top_p": 0.0}, "must lie above 0 and be at most 1"),
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
         (
             {
