@@ -376,7 +376,8 @@ def same_answer(a: str, b: str, seconds: int = 5) -> bool:
 AT_LEAST = {  # of the flags that several scripts have
     "max_new_tokens": 1, "prompts_per_step": 1, "num_generations": 1, "steps": 1, "micro_batch": 1,
     "save_every": 1, "eval_n": 1, "eval_max_new_tokens": 1, "lora_rank": 0, "top_k": 0,
-    "temperature": 0, "eval_temperature": 0, "learning_rate": 0, "max_grad_norm": 0,
+    "n": 1, "limit": 0, "batch": 1, "temperature": 0, "eval_temperature": 0, "learning_rate": 0,
+    "max_grad_norm": 0,
 }  # fmt: skip
 
 

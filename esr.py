@@ -109,8 +109,8 @@ PROMPT = (
 
 
 def student_prompt(problem: Problem) -> str:
-    """What the student reads, in training and in evaluation."""
-    return PROMPT.replace("{problem}", problem.prompt)
+    """What the student reads in training."""
+    return common.fill(PROMPT, problem=problem.prompt)
 
 
 def teacher_prompt(problem: Problem) -> str:

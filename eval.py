@@ -239,12 +239,7 @@ def check(args: Args) -> None:
     """Stop on arguments that cannot work, before anything is loaded."""
     if not args.model or not args.benchmark:
         raise Stop("give --model and --benchmark, or two result files with --compare.")
-    at_least = {"n": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "limit": 0, "batch": 1}
-    for name, least in at_least.items():
-        if getattr(args, name) < least:
-            raise Stop(f"--{name.replace('_', '-')} must be at least {least}.")
-    if not 0 < args.top_p <= 1:
-        raise Stop("--top-p must be above 0 and at most 1.")
+    common.check_ranges(args)
     if "{problem}" not in PROMPTS.get(args.prompt, args.prompt):
         raise Stop(f"--prompt {args.prompt}: give {', '.join(PROMPTS)} or a text with {{problem}}.")
     names = [short_name(name) for name in args.benchmark]

@@ -371,7 +371,7 @@ def test_cli_refusals(result: Path, tmp_path: Path, capsys) -> None:
     other.write_text((TINY / "test.jsonl").read_text())
     assert "scored" in stops(capsys, new, *against, "--benchmark", str(other))
     assert "not a result file" in stops(capsys, new, "--against", str(other))
-    assert "--n must be at least 1" in stops(capsys, new, "--n", "0")
+    assert "--n 0 must be at least 1" in stops(capsys, new, "--n", "0")
     assert "--top-p" in stops(capsys, new, "--top-p", "0")
     assert "none twice" in stops(capsys, new, "--seeds", "1", "1")
     assert "lower --max-new-tokens" in stops(capsys, new, "--max-new-tokens", "1000000")

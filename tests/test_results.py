@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import subprocess
 from collections import defaultdict
 
 from conftest import ROOT
@@ -52,3 +53,12 @@ def test_self_distillation():
     before = methods["pw_opsd"]
     for metric in ("avg@12", "pass@12", "maj@12"):
         assert shown([r[f"{metric}_before"] for r in before]) in README
+
+
+def test_the_size_of_a_methods_diff():
+    for line in LINES:
+        if "diff" not in line[-1] and line[-1].strip().endswith("lines"):
+            name = line[0].split("]")[0].strip(" [")
+            done = subprocess.run(["diff", "esr.py", name], capture_output=True, text=True)
+            changed = sum(row.startswith(("<", ">")) for row in done.stdout.splitlines())
+            assert line[-1].strip() == f"{changed} lines", name

@@ -35,7 +35,7 @@ LIMITS = {"common": 600, "eval": 600} | dict.fromkeys(
     ],
     400,
 )
-SEAMS = {"main", "check", "make_rollouts", "student_prompt", "teacher_prompt", "token_weights"}
+SEAMS = {"main", "check", "make_rollouts", "teacher_prompt", "token_weights"}
 
 
 def source(name):
